@@ -1,0 +1,24 @@
+"""Checkpoints on disk: finding, reading, fingerprinting and writing them, tensor by tensor."""
+
+from enchtable_vllm.checkpoint.fingerprint import (
+    Fingerprint,
+    sampled_fingerprint,
+    short,
+    tensor_digest,
+)
+from enchtable_vllm.checkpoint.location import Location, locate
+from enchtable_vllm.checkpoint.reader import Checkpoint, TensorHeader
+from enchtable_vllm.checkpoint.writer import FolderTransaction, ShardWriter
+
+__all__ = [
+    "Checkpoint",
+    "Fingerprint",
+    "FolderTransaction",
+    "Location",
+    "ShardWriter",
+    "TensorHeader",
+    "locate",
+    "sampled_fingerprint",
+    "short",
+    "tensor_digest",
+]

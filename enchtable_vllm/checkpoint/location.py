@@ -1,0 +1,101 @@
+"""Where a model, a vector or a plan is: a local folder, or a Hub repository at a commit."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from enchtable_vllm.errors import CheckpointError
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+#: Weights in safetensors, and the small files around them. Never pickles.
+MODEL_PATTERNS = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.json",
+    "*.model",
+    "*.txt",
+    "*.jinja",
+)
+
+
+@dataclass(frozen=True)
+class Location:
+    """A resolved folder and where it came from.
+
+    Attributes:
+        path: The local folder.
+        repo_id: The Hub repository, or None for a local folder.
+        commit: The Hub commit (40 hex digits), or None.
+    """
+
+    path: Path
+    repo_id: str | None = None
+    commit: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.repo_id}@{self.commit}" if self.repo_id else str(self.path)
+
+
+def locate(
+    reference: str | Path,
+    *,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    allow_patterns: tuple[str, ...] = MODEL_PATTERNS,
+    what: str = "model",
+) -> Location:
+    """Turn a folder, ``org/name`` or ``org/name@revision`` into a local folder.
+
+    Args:
+        reference: What the user wrote.
+        revision: Branch, tag or commit; the same as ``@revision``.
+        cache_dir: The Hub cache; huggingface_hub's own by default.
+        allow_patterns: Which files to download.
+        what: The thing's name in an error message.
+
+    Raises:
+        CheckpointError: There is no such folder and it cannot be downloaded.
+    """
+    path = Path(reference).expanduser()
+    if path.is_dir():
+        repo = _cached_repo(path.resolve())
+        return Location(path.resolve(), *repo)
+    repo_id, _, at = str(reference).partition("@")
+    revision = at or revision
+    if not _REPO_ID.fullmatch(repo_id):
+        raise CheckpointError(
+            f"{what} '{reference}'",
+            expected="an existing folder or a Hub id such as 'org/name' or 'org/name@revision'",
+            got="neither",
+            fix="Check the path; a relative one starts at the current folder.",
+        )
+    try:
+        folder = snapshot_download(
+            repo_id, revision=revision, cache_dir=cache_dir, allow_patterns=list(allow_patterns)
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(
+            f"{what} '{reference}'",
+            expected="an existing folder or a Hub repository that can be downloaded",
+            got=f"{type(error).__name__}: {reason}",
+            fix="Check the id, the revision, HF_TOKEN and the network, or give a local folder.",
+        ) from error
+    path = Path(folder)
+    commit = path.name if _COMMIT.fullmatch(path.name) else None
+    return Location(path, repo_id, commit)
+
+
+def _cached_repo(path: Path) -> tuple[str | None, str | None]:
+    """(repository, commit) of a folder that lies in a Hub cache: vLLM hands those over as paths."""
+    if path.parent.name != "snapshots" or not _COMMIT.fullmatch(path.name):
+        return None, None
+    kind, *parts = path.parent.parent.name.split("--")
+    return ("/".join(parts), path.name) if kind == "models" and len(parts) == 2 else (None, None)

@@ -1,0 +1,158 @@
+"""Writing safetensors as a stream: the header first, then tensor by tensor.
+
+safetensors' own writer wants a whole file's tensors in memory. The format needs less: names,
+dtypes and shapes fix every offset, so a shard of any size is written with one tensor at hand.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from enchtable_vllm.checkpoint.fingerprint import raw_bytes
+from enchtable_vllm.checkpoint.reader import TORCH_DTYPES, TensorHeader
+from enchtable_vllm.errors import ConfigError
+
+_ITEM_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2,
+    "BF16": 2, "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
+}  # fmt: skip
+SAFETENSORS_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+
+def tensor_bytes(header: TensorHeader) -> int:
+    """How many bytes a tensor's data takes."""
+    return math.prod(header.shape) * _ITEM_BYTES[header.dtype]
+
+
+def assign_shards(
+    headers: Sequence[TensorHeader], stem: str, max_shard_bytes: int
+) -> dict[str, list[TensorHeader]]:
+    """Fill shards in order; one file when everything fits.
+
+    Returns:
+        File name → its tensors: ``{stem}.safetensors``, or ``{stem}-00001-of-0000N.safetensors``.
+    """
+    shards: list[list[TensorHeader]] = []
+    room = 0
+    for header in headers:
+        size = tensor_bytes(header)
+        if not shards or size > room:
+            shards.append([])
+            room = max_shard_bytes
+        shards[-1].append(header)
+        room -= size
+    if len(shards) == 1:
+        return {f"{stem}.safetensors": shards[0]}
+    return {
+        f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors": shard
+        for i, shard in enumerate(shards)
+    }
+
+
+def write_index(folder: Path, stem: str, shards: Mapping[str, Sequence[TensorHeader]]) -> None:
+    """``{stem}.safetensors.index.json``, where there is more than one shard."""
+    if len(shards) < 2:
+        return
+    total = sum(tensor_bytes(header) for shard in shards.values() for header in shard)
+    names = {header.name: file for file, shard in shards.items() for header in shard}
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))}
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+class ShardWriter:
+    """One safetensors file, written in the order of its headers.
+
+    Args:
+        path: The file.
+        headers: Name, dtype and shape of every tensor, in writing order.
+        metadata: Free-form header metadata.
+    """
+
+    def __init__(
+        self, path: Path, headers: Sequence[TensorHeader], metadata: Mapping[str, str]
+    ) -> None:
+        self._pending = list(reversed(headers))
+        entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+        offset = 0
+        for header in headers:
+            end = offset + tensor_bytes(header)
+            entries[header.name] = {
+                "dtype": header.dtype,
+                "shape": list(header.shape),
+                "data_offsets": [offset, end],
+            }
+            offset = end
+        encoded = json.dumps(entries, separators=(",", ":")).encode()
+        encoded += b" " * (-len(encoded) % 8)
+        self._file = path.open("xb")
+        self._file.write(len(encoded).to_bytes(8, "little") + encoded)
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """The next tensor; it must be the one that the headers name next, with their shape."""
+        header = self._pending.pop()
+        data = raw_bytes(tensor)
+        if name != header.name or len(data) != tensor_bytes(header):
+            raise AssertionError(f"expected {header} next, got {name} of {len(data)} bytes")
+        self._file.write(data)
+
+    def close(self) -> None:
+        """Flush to the disk; every tensor must have been written."""
+        if self._pending:
+            raise AssertionError(f"{len(self._pending)} tensors were not written")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
+class FolderTransaction:
+    """A folder that appears whole or not at all.
+
+    Use as a context manager: write into `path`; on success it is renamed to ``target``, on
+    any failure it is removed.
+
+    Args:
+        target: Where the folder is to appear.
+        overwrite: Replace what is there.
+
+    Raises:
+        ConfigError: ``target`` exists, holds something, and is not to be replaced.
+    """
+
+    def __init__(self, target: Path, *, overwrite: bool = False) -> None:
+        self.target = target.absolute()
+        self.path = self.target.with_name(f".{self.target.name}.{os.getpid()}.partial")
+        occupied = self.target.is_dir() and any(self.target.iterdir())
+        if (occupied and not overwrite) or self.target.is_file():
+            raise ConfigError(
+                f"output folder '{target}'",
+                expected="a new or empty folder",
+                got="one that is in use",
+                fix="Choose another, or replace it with --overwrite.",
+            )
+
+    def __enter__(self) -> Path:
+        self.path.mkdir(parents=True)
+        return self.path
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is not None:
+            shutil.rmtree(self.path, ignore_errors=True)
+            return
+        replaced = self.path.with_suffix(".replaced")
+        if self.target.is_dir():
+            self.target.rename(replaced)
+        self.path.rename(self.target)
+        shutil.rmtree(replaced, ignore_errors=True)

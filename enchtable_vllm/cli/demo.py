@@ -1,0 +1,4 @@
+"""``enchtable demo``."""
+
+def demo() -> None:
+    """Demo."""

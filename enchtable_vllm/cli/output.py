@@ -1,0 +1,62 @@
+"""Consoles, progress bars and the option types that commands share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from enum import StrEnum
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as Bars
+
+from enchtable_vllm.progress import Progress
+from enchtable_vllm.vector.scope import SCOPES, Scope
+
+out = Console()
+errors = Console(stderr=True)
+
+#: Scopes as typer's choices.
+ScopeChoice = StrEnum("ScopeChoice", [(scope, scope) for scope in SCOPES])
+
+
+def scope_of(choice: ScopeChoice | None) -> Scope | None:
+    """The chosen scope, as the library spells it."""
+    return next((scope for scope in SCOPES if scope == choice), None)
+
+
+def print_json(value: Mapping[str, object]) -> None:
+    """One JSON object on standard output, and nothing else."""
+    print(json.dumps(value, indent=2))
+
+
+def warn(message: str) -> None:
+    """A warning on standard error."""
+    errors.print(f"[bold yellow]warning:[/bold yellow] {message}", soft_wrap=True)
+
+
+@contextmanager
+def progress_bar(title: str) -> Iterator[Progress]:
+    """A bar on standard error that a library's progress callback moves."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("[dim]{task.fields[tensor]}"),
+    )
+    with Bars(*columns, console=errors, transient=True) as bars:
+        task = bars.add_task(title, total=None, tensor="")
+
+        def move(name: str, done: int, total: int) -> None:
+            bars.update(task, completed=done, total=total, tensor=name)
+
+        yield move

@@ -1,0 +1,184 @@
+"""``enchtable plan``: measure interference, write ``merge_plan.json``."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from enchtable_vllm.checkpoint import Location, locate
+from enchtable_vllm.cli.output import ScopeChoice, out, print_json, progress_bar, scope_of, warn
+from enchtable_vllm.cli.vector import JsonOption
+from enchtable_vllm.errors import ConfigError
+from enchtable_vllm.merge.report import LOW_RETAINED_SHARE
+from enchtable_vllm.plan import (
+    PLAN_FILE,
+    MergePlan,
+    PlanOptions,
+    VectorLocation,
+    compute_plan,
+)
+from enchtable_vllm.plan.summary import KindSummary, summarize
+from enchtable_vllm.vector import SafetyVector
+
+
+def plan(
+    task_model: Annotated[str, typer.Option(help="The fine-tune: folder or Hub id[@revision].")],
+    base_model: Annotated[str, typer.Option(help="What it was fine-tuned from.")],
+    safety_vector: Annotated[str, typer.Option(help="The safety vector of that base.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help=f"Default: {PLAN_FILE} in the task model's folder."),
+    ] = None,
+    beta: Annotated[
+        float, typer.Option(help="β: the vector's norm, relative to the task's.")
+    ] = 0.1,
+    rank_fraction: Annotated[
+        float, typer.Option(help="γ: the share of singular directions that is compared.")
+    ] = 0.5,
+    scope: Annotated[
+        ScopeChoice | None, typer.Option(help="Default: the vector's own.", show_default=False)
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where the linear algebra runs: cpu, cuda.")] = "cpu",
+    as_json: JsonOption = False,
+) -> None:
+    """Plan a merge: how much of the safety vector each matrix of a fine-tune can take.
+
+    The plan is small and deterministic; with it, loading needs neither the base model nor
+    linear algebra. a and b are stored, so another --beta costs nothing later.
+    """
+    task = locate(task_model, what="task model")
+    path = output or _default_output(task)
+    if path.is_dir():
+        path = path / PLAN_FILE
+    options = PlanOptions(
+        beta=beta, rank_fraction=rank_fraction, scope=scope_of(scope), device=check_device(device)
+    )
+    base = locate(base_model, what="base model")
+    vector = SafetyVector.open(safety_vector)
+    where = _portable_location(vector.location, path)
+    with progress_bar("Planning") as progress:
+        made = compute_plan(task, base, vector, options, vector_location=where, progress=progress)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(made.to_json(), encoding="utf-8")
+    partial.rename(path)
+    if vector.manifest.aligned.fingerprint != made.base_model.fingerprint:
+        warn(
+            f"the vector was built from '{vector.manifest.aligned.id}', the base model is "
+            f"'{made.base_model.id}': fine if they are one model in two precisions"
+        )
+    if made.retained_share < LOW_RETAINED_SHARE:
+        warn(
+            f"only {made.retained_share:.0%} of the vector would survive rounding to the task "
+            "model's dtype: choose a larger --beta"
+        )
+    kinds = summarize(made)
+    if as_json:
+        print_json(_to_json(made, kinds, path))
+    else:
+        _print(made, kinds, path, task, vector.location)
+
+
+def _default_output(task: Location) -> Path:
+    if task.repo_id is not None:
+        raise ConfigError(
+            "--output",
+            expected="a path, because the task model is a Hub repository",
+            got="none",
+            fix=f"Add '-o {PLAN_FILE}'.",
+        )
+    return task.path / PLAN_FILE
+
+
+def check_device(name: str) -> str:
+    """A device that torch can use here.
+
+    Raises:
+        ConfigError: It cannot.
+    """
+    import torch
+
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            "--device",
+            expected="a device of this machine",
+            got=f"'{name}': {str(error).splitlines()[0]}",
+            fix="Use 'cpu', or 'cuda' where torch sees a GPU.",
+        ) from error
+    return name
+
+
+def _portable_location(vector: Location, plan_path: Path) -> VectorLocation | None:
+    """Inside the plan's folder, or on the Hub, or None: a plan names no path of a machine."""
+    folder = plan_path.parent.resolve()
+    if vector.path.is_relative_to(folder) and vector.path != folder:
+        return VectorLocation(path=vector.path.relative_to(folder).as_posix())
+    if vector.repo_id is not None and vector.commit is not None:
+        return VectorLocation(repo_id=vector.repo_id, commit=vector.commit)
+    return None
+
+
+def _to_json(made: MergePlan, kinds: list[KindSummary], path: Path) -> dict[str, object]:
+    head = made.model_dump(mode="json", exclude={"tensors"}, exclude_none=True)
+    kept: dict[str, str] = {n: t.reason or "" for n, t in made.tensors.items() if t.reason}
+    return {
+        **head,
+        "output": str(path),
+        "merged": len(made.merged),
+        "kept": kept,
+        "kinds": [kind.to_json() for kind in kinds],
+    }
+
+
+def _print(
+    made: MergePlan, kinds: list[KindSummary], path: Path, task: Location, vector: Location
+) -> None:
+    table = Table(title="interference and attenuation: min / median / max", title_justify="left")
+    for column in ("module", "matrices", "interference", "attenuation", "retained share"):
+        table.add_column(column, justify="left" if column == "module" else "right")
+    for kind in kinds:
+        table.add_row(
+            kind.kind,
+            str(kind.matrices),
+            " / ".join(f"{x:.3f}" for x in kind.interference),
+            " / ".join(f"{x:.3f}" for x in kind.attenuation),
+            f"{kind.retained_share:.3f}",
+        )
+    out.print(table)
+    reasons: dict[str, int] = {}
+    for tensor in made.tensors.values():
+        if tensor.reason is not None:
+            reasons[tensor.reason] = reasons.get(tensor.reason, 0) + 1
+    for reason, count in sorted(reasons.items()):
+        out.print(f"kept {count}: {reason}", highlight=False)
+    for name, reason in made.unused.items():
+        out.print(f"unused {name}: {reason}", highlight=False)
+    out.print(
+        f"merge {len(made.merged)} of {len(made.tensors)} tensors; beta {made.beta:g}, "
+        f"norm scale {made.norm_scale:.6g}, expected retained share {made.retained_share:.3f}",
+        highlight=False,
+    )
+    out.print(f"plan written to {path}", highlight=False, soft_wrap=True)
+    out.print("serve it:", highlight=False)
+    out.print(f"  {_command(made, path, task, vector)}", highlight=False, soft_wrap=True)
+
+
+def _command(made: MergePlan, path: Path, task: Location, vector: Location) -> str:
+    extra = {}
+    if made.safety_vector.location is None:
+        extra["safety_vector"] = str(vector)
+    if path.resolve() != task.path / PLAN_FILE:
+        extra["merge_plan"] = str(path)
+    model = task.repo_id or str(task.path)
+    command = f"vllm serve {shlex.quote(model)} --load-format enchtable"
+    if extra:
+        command += f" --model-loader-extra-config {shlex.quote(json.dumps(extra))}"
+    return command

@@ -1,0 +1,168 @@
+"""``enchtable vector``: build, inspect, verify."""
+
+from __future__ import annotations
+
+import json
+import math
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, get_args
+
+import torch
+import typer
+from rich.table import Table
+
+from enchtable_vllm.checkpoint import locate, short
+from enchtable_vllm.cli.output import ScopeChoice, out, print_json, progress_bar, scope_of, warn
+from enchtable_vllm.errors import ConfigError, SafetyVectorError
+from enchtable_vllm.vector import SafetyVector, build_vector
+from enchtable_vllm.vector.build import StoredDtype
+
+app = typer.Typer(no_args_is_help=True, help="Build, inspect and verify safety vectors.")
+
+DtypeChoice = StrEnum("DtypeChoice", [(d, d) for d in get_args(StoredDtype)])
+VectorArgument = Annotated[str, typer.Argument(help="Folder, or Hub id[@revision].")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+_BYTES = {"BF16": 2, "F32": 4}
+
+
+@app.command()
+def build(
+    aligned: Annotated[str, typer.Option(help="The safe model: folder or Hub id[@revision].")],
+    surrogate: Annotated[str, typer.Option(help="The model distilled from it to be unsafe.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The vector's folder.")],
+    scope: Annotated[ScopeChoice, typer.Option(help="Which parameters.")] = ScopeChoice.attention,
+    dtype: Annotated[DtypeChoice, typer.Option(help="How deltas are stored.")] = DtypeChoice.bf16,
+    recipe: Annotated[
+        Path | None, typer.Option(help="A JSON object to record: how the surrogate was made.")
+    ] = None,
+    max_shard_gb: Annotated[
+        float, typer.Option(help="Larger vectors are sharded.", min=1e-6)
+    ] = 5.0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Build a safety vector: aligned − surrogate.
+
+    Give fp32 checkpoints: two 16-bit ones differ only where a change was large enough to
+    survive rounding.
+    """
+    chosen = scope_of(scope)
+    assert chosen is not None
+    with progress_bar("Building") as progress:
+        report = build_vector(
+            locate(aligned, what="aligned model"),
+            locate(surrogate, what="surrogate"),
+            output,
+            scope=chosen,
+            dtype="fp32" if dtype == "fp32" else "bf16",
+            recipe=_read_recipe(recipe),
+            max_shard_bytes=int(max_shard_gb * 1e9),
+            overwrite=overwrite,
+            progress=progress,
+        )
+    for warning in report.warnings:
+        warn(warning)
+    vector = SafetyVector.open(output)
+    if as_json:
+        print_json({**_summary(vector), "unchanged": list(report.unchanged)})
+        return
+    _print_summary(vector)
+    if report.unchanged:
+        out.print(f"{len(report.unchanged)} tensors in scope are identical in both: left out")
+    out.print(
+        "Handle it like the surrogate: subtracted from the aligned model it gives that model back."
+    )
+
+
+@app.command()
+def inspect(vector: VectorArgument, as_json: JsonOption = False) -> None:
+    """Print what a vector says of itself; headers are checked, contents are not."""
+    opened = SafetyVector.open(vector)
+    if as_json:
+        print_json(_summary(opened) | {"manifest": opened.manifest.model_dump(mode="json")})
+        return
+    _print_summary(opened)
+    table = Table("tensor", "shape", "dtype", "norm", "digest", box=None)
+    for name, tensor in opened.tensors.items():
+        shape = "×".join(map(str, tensor.shape))
+        table.add_row(name, shape, tensor.dtype, f"{tensor.norm:.4g}", short(tensor.digest))
+    out.print(table)
+
+
+@app.command()
+def verify(vector: VectorArgument, as_json: JsonOption = False) -> None:
+    """Check every byte against the manifest's digests, and every norm and value."""
+    opened = SafetyVector.open(vector)
+    names = list(opened.tensors)
+    norms = []
+    with progress_bar("Verifying") as progress:
+        for done, name in enumerate(names, 1):
+            norm = float(torch.linalg.vector_norm(opened.read(name), dtype=torch.float64))
+            _check_norm(opened, f"tensor '{name}'", opened.tensors[name].norm, norm)
+            norms.append(norm)
+            progress(name, done, len(names))
+    total = math.sqrt(math.fsum(norm * norm for norm in norms))
+    _check_norm(opened, "total", opened.manifest.norm, total)
+    if as_json:
+        print_json(_summary(opened) | {"verified": True})
+    else:
+        out.print(f"{len(names)} tensors verified: {opened.name} {opened.fingerprint}")
+
+
+def _check_norm(vector: SafetyVector, where: str, declared: float, found: float) -> None:
+    if not math.isclose(declared, found, rel_tol=1e-6):
+        raise SafetyVectorError(
+            f"{vector.what}, {where}",
+            expected=f"norm {declared}",
+            got=found,
+            fix="The manifest was edited: fetch or build the vector again.",
+        )
+
+
+def _read_recipe(path: Path | None) -> dict[str, object] | None:
+    if path is None:
+        return None
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        value = error
+    if not isinstance(value, dict):
+        raise ConfigError(
+            f"--recipe '{path}'", expected="a file with a JSON object", got=value, fix="Check it."
+        )
+    return value
+
+
+def _summary(vector: SafetyVector) -> dict[str, object]:
+    manifest = vector.manifest
+    return {
+        "name": vector.name,
+        "location": str(vector.location),
+        "fingerprint": vector.fingerprint,
+        "aligned": manifest.aligned.model_dump(mode="json"),
+        "surrogate": manifest.surrogate.model_dump(mode="json"),
+        "architecture": manifest.architecture,
+        "scope": manifest.scope,
+        "tensors": len(manifest.tensors),
+        "bytes": sum(math.prod(t.shape) * _BYTES[t.dtype] for t in manifest.tensors.values()),
+        "norm": manifest.norm,
+        "zero_share": manifest.zero_share,
+    }
+
+
+def _print_summary(vector: SafetyVector) -> None:
+    summary, manifest = _summary(vector), vector.manifest
+    table = Table(show_header=False, box=None)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    table.add_row("safety vector", str(summary["location"]))
+    table.add_row("fingerprint", vector.fingerprint)
+    table.add_row("aligned model", f"{manifest.aligned.id} {short(manifest.aligned.fingerprint)}")
+    table.add_row("surrogate", f"{manifest.surrogate.id} {short(manifest.surrogate.fingerprint)}")
+    table.add_row("architecture", manifest.architecture)
+    table.add_row("scope", manifest.scope)
+    table.add_row("tensors", f"{summary['tensors']} ({summary['bytes']:,} bytes)")
+    table.add_row("norm", f"{manifest.norm:.6g}")
+    table.add_row("exact zeros", f"{manifest.zero_share:.2%}")
+    out.print(table)

@@ -1,0 +1,15 @@
+"""Environment variables, all of them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """``ENCHTABLE_CACHE``: where computed plans are kept. Default: ``~/.cache/enchtable``."""
+    chosen = os.environ.get("ENCHTABLE_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "enchtable"

@@ -1,0 +1,7 @@
+"""Merging: one stream, used by the loader and by the offline merge alike."""
+
+from enchtable_vllm.merge.offline import merge_checkpoint
+from enchtable_vllm.merge.report import MergeReport
+from enchtable_vllm.merge.stream import MergeStream
+
+__all__ = ["MergeReport", "MergeStream", "merge_checkpoint"]

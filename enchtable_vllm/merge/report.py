@@ -1,0 +1,79 @@
+"""The outcome of a merge, and the one line about it that a person can trust."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from enchtable_kernels import Effect
+from enchtable_vllm.checkpoint import short
+from enchtable_vllm.plan import ResolvedPlan
+
+#: Below this share, storage rounds most of the vector away.
+LOW_RETAINED_SHARE = 0.5
+
+
+@dataclass
+class MergeReport:
+    """What one pass over a task model did.
+
+    Attributes:
+        resolved: The plan in force.
+        effects: Merged tensor → what the addition did.
+        kept: How many tensors went through bit for bit.
+        filtered: Tensors of the plan that this rank never sees (other ranks' experts).
+        seconds: From the first tensor to the last.
+    """
+
+    resolved: ResolvedPlan
+    effects: dict[str, Effect] = field(default_factory=dict)
+    kept: int = 0
+    filtered: int = 0
+    seconds: float = 0.0
+
+    @property
+    def total(self) -> Effect:
+        """All additions together."""
+        total = Effect()
+        for effect in self.effects.values():
+            total += effect
+        return total
+
+    def line(self) -> str:
+        """Counts, effect, and the identity of everything that went in."""
+        plan, total = self.resolved.plan, self.total
+        return (
+            f"safety vector merged: {len(self.effects)} merged, {self.kept} kept, "
+            f"{self.filtered} filtered; retained share {total.retained_share:.3f}, "
+            f"cosine {total.cosine:.3f}; "
+            f"vector '{plan.safety_vector.name}' {short(plan.safety_vector.fingerprint)}, "
+            f"plan {short(self.resolved.digest)}, beta {self.resolved.beta:g}, "
+            f"scope {self.resolved.scope}; {self.seconds:.2f} s"
+        )
+
+    def warnings(self) -> list[str]:
+        """What a person should look into, though the merge is exactly as planned."""
+        total = self.total
+        if total.retained_share >= LOW_RETAINED_SHARE:
+            return []
+        return [
+            f"only {total.retained_share:.0%} of the safety vector survives rounding to the task "
+            "model's dtype, so this merge changes little: use a larger beta, or an fp32 checkpoint"
+        ]
+
+    def to_json(self) -> dict[str, object]:
+        """For machines."""
+        plan, total = self.resolved.plan, self.total
+        return {
+            "merged": len(self.effects),
+            "kept": self.kept,
+            "filtered": self.filtered,
+            "retained_share": total.retained_share,
+            "cosine": total.cosine,
+            "relative_error": total.relative_error,
+            "safety_vector": plan.safety_vector.model_dump(mode="json", exclude_none=True),
+            "plan_digest": self.resolved.digest,
+            "beta": self.resolved.beta,
+            "scope": self.resolved.scope,
+            "norm_scale": self.resolved.norm_scale,
+            "seconds": self.seconds,
+        }

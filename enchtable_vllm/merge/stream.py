@@ -1,0 +1,149 @@
+"""The merged stream: (name, stored tensor) in, (name, merged tensor) out.
+
+The only place where a safety vector meets a weight. The vLLM loader, its reload and the
+offline merge all pull their tensors through here, so they cannot differ.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+
+from enchtable_kernels import FLOAT_DTYPES, Effect, fused_add
+from enchtable_vllm.checkpoint import tensor_digest
+from enchtable_vllm.errors import (
+    IncompleteMergeError,
+    MismatchError,
+    NonFiniteError,
+    summarize_faults,
+)
+from enchtable_vllm.merge.report import MergeReport
+from enchtable_vllm.plan import ResolvedPlan
+from enchtable_vllm.vector import SafetyVector
+
+
+class MergeStream:
+    """One pass over a task model's tensors.
+
+    Args:
+        resolved: What to merge; its vector and task model already checked.
+        vector: The safety vector.
+        what: How an error message calls the stream's source.
+        device: Where merging happens. A tensor that is elsewhere is moved there; None merges
+            each tensor where it is.
+        may_filter: Whether the source may leave a planned tensor out (other ranks' experts).
+        foreign: Whether tensors that the plan does not know may come through untouched (a
+            model's secondary weights).
+        verify_content: Whether every stored byte is checked against the plan.
+        on_tensor: Called after each tensor, for a progress bar.
+    """
+
+    def __init__(
+        self,
+        resolved: ResolvedPlan,
+        vector: SafetyVector,
+        *,
+        what: str,
+        device: torch.device | None = None,
+        may_filter: Callable[[str], bool] = lambda _: False,
+        foreign: bool = False,
+        verify_content: bool = False,
+        on_tensor: Callable[[str], object] = lambda _: None,
+    ) -> None:
+        self._resolved = resolved
+        self._vector = vector
+        self._what = what
+        self._device = device
+        self._may_filter = may_filter
+        self._foreign = foreign
+        self._verify_content = verify_content
+        self._on_tensor = on_tensor
+        self._sums: dict[str, torch.Tensor] = {}
+        self._kept: set[str] = set()
+        #: Set when the stream has ended and everything planned was merged.
+        self.report: MergeReport | None = None
+
+    def merge(
+        self, source: Iterable[tuple[str, torch.Tensor]]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the source's tensors, merged or as they are; then check that nothing is missing.
+
+        Raises:
+            MismatchError: A tensor that the plan does not know, or not of the planned shape.
+            SafetyVectorError, NonFiniteError: A delta's bytes are wrong.
+            IncompleteMergeError: The source ended without a tensor that was to be merged.
+        """
+        started = time.perf_counter()
+        for name, stored in source:
+            yield name, self._one(name, stored)
+            self._on_tensor(name)
+        self.report = self._finish(time.perf_counter() - started)
+
+    def _one(self, name: str, stored: torch.Tensor) -> torch.Tensor:
+        if name in self._sums or name in self._kept:
+            raise self._mismatch(name, "each tensor once", "it a second time")
+        planned = self._resolved.plan.tensors.get(name)
+        if self._verify_content and planned is not None:
+            digest = tensor_digest(stored)
+            if digest != planned.task_digest:
+                raise self._mismatch(name, f"content {planned.task_digest}", digest)
+        coefficients = self._resolved.coefficients.get(name)
+        if coefficients is None:
+            if name not in self._resolved.kept and not self._foreign:
+                raise self._mismatch(name, "a tensor of the merge plan", "one it does not know")
+            self._kept.add(name)
+            return stored
+        shape = self._vector.tensors[name].shape
+        if tuple(stored.shape) != shape or stored.dtype not in FLOAT_DTYPES:
+            raise self._mismatch(
+                name,
+                f"shape {list(shape)} in bf16, fp16 or fp32",
+                f"{list(stored.shape)} in {stored.dtype}",
+            )
+        delta = self._vector.read(name)
+        if self._device is not None:
+            stored = stored.to(self._device)
+        merged, sums = fused_add(stored, delta.to(stored.device), coefficients)
+        self._sums[name] = sums
+        return merged
+
+    def _finish(self, seconds: float) -> MergeReport:
+        absent = self._resolved.coefficients.keys() - self._sums.keys()
+        lost = sorted(name for name in absent if not self._may_filter(name))
+        if lost or not self._sums:
+            missing = summarize_faults([f"'{name}'" for name in lost])
+            raise IncompleteMergeError(
+                self._what,
+                expected=f"all {len(self._resolved.coefficients)} tensors of the merge plan",
+                got=f"{len(self._sums)}; missing: {missing}",
+                fix="The weights that were read are not those that were planned for; nothing may "
+                "be served from them. If the folder also holds weights under other names "
+                '(consolidated*.safetensors), set "inner_load_format": "hf".',
+            )
+        # One wait for the device, after the last tensor.
+        effects = {name: Effect.from_tensor(sums) for name, sums in self._sums.items()}
+        bad = [f"'{n}' has {e.non_finite}" for n, e in effects.items() if e.non_finite]
+        if bad:
+            raise NonFiniteError(
+                f"{self._what}, merged weights",
+                expected="finite values",
+                got=summarize_faults(bad),
+                fix="Either the task model holds NaN or infinity, or beta is far too large.",
+            )
+        return MergeReport(
+            self._resolved,
+            effects,
+            kept=len(self._kept),
+            filtered=len(absent),
+            seconds=seconds,
+        )
+
+    def _mismatch(self, name: str, expected: str, got: str) -> MismatchError:
+        return MismatchError(
+            f"{self._what}, tensor '{name}'",
+            expected=expected,
+            got=got,
+            fix="Make the plan again for this model: 'enchtable plan'.",
+        )

@@ -1,0 +1,24 @@
+"""Merge plans: what is added to which tensor, decided once and reviewable."""
+
+from enchtable_vllm.plan.compute import PlanOptions, compute_plan
+from enchtable_vllm.plan.merge_plan import (
+    PLAN_FILE,
+    MergePlan,
+    PlannedTensor,
+    VectorLocation,
+    VectorReference,
+)
+from enchtable_vllm.plan.resolve import ResolvedPlan, read_plan, resolve_plan
+
+__all__ = [
+    "PLAN_FILE",
+    "MergePlan",
+    "PlanOptions",
+    "PlannedTensor",
+    "ResolvedPlan",
+    "VectorLocation",
+    "VectorReference",
+    "compute_plan",
+    "read_plan",
+    "resolve_plan",
+]

@@ -1,0 +1,58 @@
+"""Plans computed while a server starts: once for all its ranks, and once for all its starts."""
+
+from __future__ import annotations
+
+import os
+import secrets
+
+from blake3 import blake3
+from filelock import FileLock
+
+from enchtable_vllm.checkpoint import Checkpoint, Location, sampled_fingerprint
+from enchtable_vllm.envs import cache_folder
+from enchtable_vllm.plan.compute import PlanOptions, compute_plan
+from enchtable_vllm.plan.merge_plan import MergePlan
+from enchtable_vllm.plan.resolve import read_plan
+from enchtable_vllm.progress import Progress, silent
+from enchtable_vllm.vector import SafetyVector
+
+#: Part of the key: raised whenever the computation changes.
+_COMPUTATION = 1
+
+
+def cached_plan(
+    task: Location,
+    base: Location,
+    vector: SafetyVector,
+    options: PlanOptions,
+    *,
+    progress: Progress = silent,
+) -> tuple[MergePlan, str]:
+    """The plan for these inputs and the digest of its file; computed only if not at hand.
+
+    The first of several ranks computes; the others wait for its file. Several machines make
+    several computations: share ``ENCHTABLE_CACHE`` between them, or make the plan ahead.
+
+    Raises:
+        EnchTableError: As `compute_plan`.
+    """
+    parts = [
+        str(_COMPUTATION),
+        sampled_fingerprint(Checkpoint(task.path, what="task model")),
+        sampled_fingerprint(Checkpoint(base.path, what="base model")),
+        vector.fingerprint,
+        repr(options.rank_fraction),
+        repr(options.beta),
+        options.scope or vector.manifest.scope,
+    ]
+    key = blake3("\n".join(parts).encode()).hexdigest()
+    folder = cache_folder() / "plans"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{key}.json"
+    with FileLock(folder / f"{key}.lock"):
+        if not path.is_file():
+            plan = compute_plan(task, base, vector, options, progress=progress)
+            partial = folder / f".{key}.{os.getpid()}.{secrets.token_hex(4)}"
+            partial.write_text(plan.to_json(), encoding="utf-8")
+            partial.rename(path)
+        return read_plan(path)

@@ -1,0 +1,207 @@
+"""Computing a merge plan: one streaming pass for norms and interference, one for the outcome."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from enchtable_kernels import Effect, fused_add
+from enchtable_vllm.checkpoint import Checkpoint, Location, tensor_digest
+from enchtable_vllm.errors import ConfigError, MismatchError, NonFiniteError
+from enchtable_vllm.plan.classify import classify
+from enchtable_vllm.plan.interference import Rung, factor, interference_terms
+from enchtable_vllm.plan.merge_plan import (
+    MergePlan,
+    PlannedTensor,
+    VectorLocation,
+    VectorReference,
+)
+from enchtable_vllm.plan.resolve import coefficient, norm_scale
+from enchtable_vllm.progress import Progress, silent
+from enchtable_vllm.vector import ModelReference, SafetyVector, Scope
+
+#: A fine-tune moves weights by a few per cent of their norm; unrelated weights differ by √2.
+_UNRELATED = 1.0
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What a user may choose.
+
+    Attributes:
+        beta: β.
+        rank_fraction: γ.
+        scope: None: the vector's own.
+        device: Where the linear algebra runs.
+    """
+
+    beta: float = 0.1
+    rank_fraction: float = 0.5
+    scope: Scope | None = None
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.beta < math.inf:
+            raise ConfigError(
+                "beta", expected="a positive, finite number", got=self.beta, fix="Start at 0.1."
+            )
+        if not 0 < self.rank_fraction <= 1:
+            raise ConfigError(
+                "rank fraction",
+                expected="a number above 0, at most 1",
+                got=self.rank_fraction,
+                fix="The method's own is 0.5.",
+            )
+
+
+@dataclass(frozen=True)
+class _Terms:
+    """Of one merged tensor, before the norm scale is known."""
+
+    safety_norm: float
+    a: tuple[float, ...]
+    b: tuple[float, ...]
+    rungs: tuple[tuple[Rung, Rung], ...]
+
+
+def compute_plan(
+    task_location: Location,
+    base_location: Location,
+    vector: SafetyVector,
+    options: PlanOptions,
+    *,
+    vector_location: VectorLocation | None = None,
+    progress: Progress = silent,
+) -> MergePlan:
+    """Measure interference for every merged tensor. Memory: a few tensors.
+
+    Args:
+        task_location: The fine-tuned model.
+        base_location: What it was fine-tuned from.
+        vector: The safety vector of that base.
+        options: β, γ, scope, device.
+        vector_location: Recorded in the plan.
+        progress: Called with each tensor's name, steps done, and steps in all.
+
+    Returns:
+        The plan: the same inputs give the same bytes.
+
+    Raises:
+        MismatchError: The three do not belong together, or task and base are identical.
+        CheckpointError, SafetyVectorError, NonFiniteError: An input is damaged.
+    """
+    task = Checkpoint(task_location.path, what="task model")
+    base = Checkpoint(base_location.path, what="base model")
+    for checkpoint in (task, base):
+        checkpoint.refuse_quantized()
+    scope = options.scope or vector.manifest.scope
+    classes = classify(task, base, vector, scope)
+    steps = len(task.tensors) + len(classes.merge)
+    merged, in_norm = set(classes.merge), set(classes.in_norm)
+    digests: dict[str, str] = {}
+    terms: dict[str, _Terms] = {}
+    squares: list[float] = []
+    base_squares: list[float] = []
+    for done, name in enumerate(task.tensors, 1):
+        stored = task.read(name)
+        digests[name] = tensor_digest(stored)
+        if name in in_norm:
+            before = base.read(name).float()
+            delta = stored.float() - before
+            squares.append(_square(delta, task, name))
+            base_squares.append(_square(before, base, name))
+            if name in merged:
+                terms[name] = _terms(delta, vector.read(name).float(), options)
+        progress(name, done, steps)
+    task_norm = math.sqrt(math.fsum(squares))
+    _check_related(task_norm, math.sqrt(math.fsum(base_squares)), task, base)
+    n, safety_norm = norm_scale(
+        options.beta, task_norm, (terms[name].safety_norm for name in classes.merge)
+    )
+    tensors = {
+        name: PlannedTensor(action="keep", task_digest=digests[name], reason=why)
+        for name, why in classes.keep.items()
+    }
+    total = Effect()
+    for done, name in enumerate(classes.merge, len(task.tensors) + 1):
+        found = terms[name]
+        coefficients = tuple(coefficient(n, a, b) for a, b in zip(found.a, found.b, strict=True))
+        _, sums = fused_add(task.read(name), vector.read(name), coefficients)
+        effect = Effect.from_tensor(sums)
+        total += effect
+        interference = tuple(a * n + b for a, b in zip(found.a, found.b, strict=True))
+        tensors[name] = PlannedTensor(
+            action="merge",
+            task_digest=digests[name],
+            safety_norm=found.safety_norm,
+            a=found.a,
+            b=found.b,
+            interference=interference,
+            attenuation=tuple(math.exp(-x) for x in interference),
+            coefficient=coefficients,
+            rungs=found.rungs,
+            retained_share=round(effect.retained_share, 6),
+        )
+        progress(name, done, steps)
+    return MergePlan(
+        task_model=ModelReference.of(task_location, task),
+        base_model=ModelReference.of(base_location, base),
+        safety_vector=VectorReference(
+            name=vector.name, fingerprint=vector.fingerprint, location=vector_location
+        ),
+        beta=options.beta,
+        rank_fraction=options.rank_fraction,
+        scope=scope,
+        task_norm=task_norm,
+        safety_norm=safety_norm,
+        norm_scale=n,
+        retained_share=round(total.retained_share, 6),
+        unused=classes.unused,
+        tensors=dict(sorted(tensors.items())),
+    )
+
+
+def _terms(delta: torch.Tensor, safety: torch.Tensor, options: PlanOptions) -> _Terms:
+    norm = float(torch.linalg.vector_norm(safety, dtype=torch.float64))
+    if delta.ndim < 2:
+        return _Terms(norm, (0.0,), (0.0,), ())
+    stack = (delta, safety) if delta.ndim == 3 else (delta[None], safety[None])
+    pairs: list[tuple[float, float]] = []
+    rungs: list[tuple[Rung, Rung]] = []
+    for task_matrix, safety_matrix in zip(*stack, strict=True):
+        task_factors = factor(task_matrix.to(options.device), options.rank_fraction)
+        safety_factors = factor(safety_matrix.to(options.device), options.rank_fraction)
+        pairs.append(interference_terms(task_factors, safety_factors))
+        rungs.append((task_factors.rung, safety_factors.rung))
+    return _Terms(norm, tuple(a for a, _ in pairs), tuple(b for _, b in pairs), tuple(rungs))
+
+
+def _square(tensor: torch.Tensor, checkpoint: Checkpoint, name: str) -> float:
+    norm = float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
+    if not math.isfinite(norm):
+        raise NonFiniteError(
+            f"{checkpoint.what}, tensor '{name}'",
+            expected="finite values",
+            got="NaN or infinity",
+            fix="The checkpoint is damaged or its training diverged: fetch or train it again.",
+        )
+    return norm * norm
+
+
+def _check_related(task_norm: float, base_norm: float, task: Checkpoint, base: Checkpoint) -> None:
+    if task_norm == 0.0:
+        raise MismatchError(
+            f"{task.what} and {base.what}",
+            expected="a task model that differs from its base model",
+            got="identical weights",
+            fix="Give the fine-tuned model as task model and what it came from as base model.",
+        )
+    if task_norm > _UNRELATED * base_norm:
+        raise MismatchError(
+            f"{task.what} and {base.what}",
+            expected="the base model that the task model was fine-tuned from",
+            got=f"weights that differ by {task_norm / base_norm:.0%} of the base model's norm",
+            fix="They are unrelated: give the right base model.",
+        )

@@ -1,0 +1,155 @@
+"""``merge_plan.json``: small, reviewable, deterministic; a line for each tensor."""
+
+from __future__ import annotations
+
+import json
+from pathlib import PurePosixPath
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+from enchtable_vllm.checkpoint import Fingerprint
+from enchtable_vllm.plan.interference import Rung
+from enchtable_vllm.vector import ModelReference, Scope
+
+PLAN_FILE = "merge_plan.json"
+
+Finite = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class VectorLocation(BaseModel):
+    """Where the vector is: inside the plan's own folder, or on the Hub at a commit.
+
+    Attributes:
+        path: Relative to the plan's folder; never absolute, never upwards.
+        repo_id, commit: A Hub repository and 40 hex digits.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    path: str | None = None
+    repo_id: str | None = None
+    commit: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{40}$")] | None = None
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Self:
+        if (self.path is None) == (self.repo_id is None) or (
+            (self.repo_id is None) != (self.commit is None)
+        ):
+            raise ValueError("give either 'path', or 'repo_id' and 'commit'")
+        if self.path is not None:
+            path = PurePosixPath(self.path)
+            if path.is_absolute() or ".." in path.parts or "\\" in self.path or not path.parts:
+                raise ValueError("'path' must lead into the plan's own folder")
+        return self
+
+
+class VectorReference(BaseModel):
+    """The safety vector a plan was made for.
+
+    Attributes:
+        name: For people.
+        fingerprint: Content.
+        location: None where the vector must be named when the plan is used.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    fingerprint: Fingerprint
+    location: VectorLocation | None = None
+
+
+class PlannedTensor(BaseModel):
+    """What happens to one of the task model's tensors.
+
+    Lists hold one number for a matrix, one for each matrix of a stack of experts.
+
+    Attributes:
+        action: Whether it is merged or kept bit for bit.
+        task_digest: blake3 of the task tensor's every byte.
+        reason: Why it is kept.
+        safety_norm: ‖S‖₂ of this delta.
+        a, b: interference = a · norm scale + b.
+        interference, attenuation, coefficient: At the plan's own β and scope.
+        rungs: Which algorithm each matrix's factors needed: task's, safety's.
+        retained_share: Expected after rounding to the task tensor's dtype.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    action: Literal["merge", "keep"]
+    task_digest: Fingerprint
+    reason: str | None = None
+    safety_norm: Finite | None = None
+    a: tuple[Finite, ...] = ()
+    b: tuple[Finite, ...] = ()
+    interference: tuple[Finite, ...] = ()
+    attenuation: tuple[Annotated[float, Field(ge=0, le=1)], ...] = ()
+    coefficient: tuple[Finite, ...] = ()
+    rungs: tuple[tuple[Rung, Rung], ...] = ()
+    retained_share: Share | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        numbers = (self.a, self.b, self.interference, self.attenuation, self.coefficient)
+        lengths = {len(column) for column in numbers}
+        if self.action == "keep":
+            if lengths != {0} or not self.reason:
+                raise ValueError("a kept tensor has a reason and no coefficients")
+        elif len(lengths) != 1 or lengths == {0} or self.safety_norm is None:
+            raise ValueError(
+                "a merged tensor needs safety_norm and, for each of its matrices, "
+                "a, b, interference, attenuation and coefficient"
+            )
+        return self
+
+
+class MergePlan(BaseModel):
+    """The whole file.
+
+    Attributes:
+        task_model, base_model, safety_vector: What it was made for, by fingerprint.
+        beta: β.
+        rank_fraction: γ.
+        scope: Which parameters take part.
+        task_norm: ‖T‖₂ over every stored tensor of one shape in task and base model.
+        safety_norm: ‖S‖₂ over the merged tensors.
+        norm_scale: n = β · task_norm / safety_norm.
+        retained_share: Expected, over all merged tensors.
+        unused: Tensors of base model or vector that the task model does not have, with the reason.
+        tensors: Every tensor of the task model.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format_version: Literal[1] = 1
+    task_model: ModelReference
+    base_model: ModelReference
+    safety_vector: VectorReference
+    beta: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    rank_fraction: Annotated[float, Field(gt=0, le=1)]
+    scope: Scope
+    task_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    safety_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    norm_scale: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    retained_share: Share
+    unused: dict[str, str] = {}
+    tensors: dict[str, PlannedTensor]
+
+    @property
+    def merged(self) -> dict[str, PlannedTensor]:
+        """The tensors that are merged."""
+        return {name: t for name, t in self.tensors.items() if t.action == "merge"}
+
+    def to_json(self) -> str:
+        """The file's text: the same bytes for the same plan; a line for each tensor."""
+        head = self.model_dump(mode="json", exclude={"tensors"}, exclude_none=True)
+        lines = [
+            f"    {json.dumps(name)}: "
+            + json.dumps(t.model_dump(mode="json", exclude_none=True, exclude_defaults=True))
+            for name, t in sorted(self.tensors.items())
+        ]
+        text = json.dumps(head, indent=2).removesuffix("\n}")
+        return text + ',\n  "tensors": {\n' + ",\n".join(lines) + "\n  }\n}\n"

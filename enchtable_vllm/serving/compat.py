@@ -1,0 +1,125 @@
+"""Everything of vLLM's that is touched, in one place.
+
+Tested with vLLM 0.32.0 (CPU build). Public extension points: ``register_model_loader``,
+``BaseModelLoader``, ``get_model_loader``, ``init_logger``. Internals, each named where used:
+
+* ``_LOAD_FORMAT_TO_MODEL_LOADER``, to register once without a warning;
+* ``ep_weight_filter.should_skip_weight`` and the inner loader's ``local_expert_ids``, to tell
+  an expert of another rank from a tensor that went missing;
+* ``ModelConfig.runner_type == "draft"``, to leave draft models alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from vllm.config import ModelConfig, VllmConfig
+from vllm.config.load import LoadConfig
+from vllm.logger import init_logger
+from vllm.model_executor import model_loader
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+from enchtable_vllm.errors import ConfigError
+
+__all__ = [
+    "BaseModelLoader",
+    "LoadConfig",
+    "ModelConfig",
+    "VllmConfig",
+    "all_weights",
+    "inner_loader",
+    "is_draft",
+    "is_registered",
+    "is_skipped_expert",
+    "logger",
+    "register",
+    "shows_progress",
+    "target_device",
+]
+
+
+def logger(name: str) -> logging.Logger:
+    """A logger that workers do not drop: they keep the ``vllm`` namespace only."""
+    return cast(logging.Logger, init_logger(f"vllm.enchtable.{name}"))
+
+
+def is_registered(load_format: str) -> bool:
+    """Whether the load format is known already."""
+    return load_format in model_loader._LOAD_FORMAT_TO_MODEL_LOADER
+
+
+def register(load_format: str, loader: type[BaseModelLoader]) -> None:
+    """Make a load format known in this process."""
+    model_loader.register_model_loader(load_format)(loader)
+
+
+def inner_loader(load_config: LoadConfig, load_format: str, extra: dict[str, Any]) -> Any:
+    """VLLM's own loader for the stored weights, without its progress bar.
+
+    Raises:
+        ConfigError: vLLM has no such format, refuses its extra config, or the format does not
+            yield weights one by one, so that nothing could be merged into them.
+    """
+    try:
+        inner = model_loader.get_model_loader(
+            dataclasses.replace(
+                load_config,
+                load_format=load_format,
+                model_loader_extra_config=extra,
+                use_tqdm_on_load=False,
+            )
+        )
+    except (ValueError, TypeError) as error:
+        raise ConfigError(
+            "model_loader_extra_config, 'inner_load_format' and 'inner_extra_config'",
+            expected="a load format of vLLM's with an extra config that it accepts",
+            got=f"'{load_format}' with {extra}: {error}",
+            fix="See 'vllm serve --help=load-format'; 'auto' is the default.",
+        ) from error
+    if not hasattr(inner, "get_all_weights"):
+        raise ConfigError(
+            "model_loader_extra_config, 'inner_load_format'",
+            expected="a format that yields checkpoint tensors, such as 'auto' or 'safetensors'",
+            got=f"'{load_format}'",
+            fix="Leave it out, or choose such a format.",
+        )
+    return inner
+
+
+def all_weights(
+    inner: Any, model_config: ModelConfig, model: torch.nn.Module
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The stored weights, under their checkpoint names."""
+    return cast(Iterator[tuple[str, torch.Tensor]], inner.get_all_weights(model_config, model))
+
+
+def is_skipped_expert(inner: Any, name: str) -> bool:
+    """Whether vLLM leaves this tensor to another rank (expert parallelism)."""
+    local = getattr(inner, "local_expert_ids", None)
+    if local is None:
+        return False
+    from vllm.model_executor.model_loader.ep_weight_filter import should_skip_weight
+
+    return bool(should_skip_weight(name, local))
+
+
+def is_draft(model_config: ModelConfig) -> bool:
+    """Whether this is a speculative draft, which inherits the load format of its target."""
+    return bool(model_config.runner_type == "draft")
+
+
+def target_device(vllm_config: VllmConfig) -> torch.device:
+    """Where vLLM puts this model's weights."""
+    chosen = vllm_config.load_config.device
+    return torch.device(vllm_config.device_config.device if chosen is None else chosen)
+
+
+def shows_progress(load_config: LoadConfig) -> bool:
+    """Whether this process shows a progress bar: vLLM's rule, one rank and not switched off."""
+    distributed = torch.distributed
+    first = not distributed.is_initialized() or distributed.get_rank() == 0
+    return bool(load_config.use_tqdm_on_load) and first

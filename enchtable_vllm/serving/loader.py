@@ -1,0 +1,191 @@
+"""``--load-format enchtable``: vLLM's own loader, with the merge in its weight path.
+
+The merged stream is the only one this loader has. Loading, in-place reload and waking from
+level-2 sleep all ask for `get_all_weights`, and a failure anywhere raises: no path ends in
+unmerged weights being served.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from tqdm.auto import tqdm
+
+from enchtable_vllm.errors import EnchTableError, IncompleteMergeError
+from enchtable_vllm.merge import MergeStream
+from enchtable_vllm.serving import compat, last_word
+from enchtable_vllm.serving.config import LoaderConfig
+from enchtable_vllm.serving.prepare import Prepared, prepare
+
+_log = compat.logger("loader")
+_BAR = "{desc}: {percentage:3.0f}% Completed | {n_fmt}/{total_fmt} [{elapsed}<{remaining}]\n"
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _refusing(method: Callable[P, R]) -> Callable[P, R]:
+    """Leave an error's message where the user will read it last; the error goes on."""
+
+    @functools.wraps(method)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return method(*args, **kwargs)
+        except EnchTableError as error:
+            last_word.leave(error)
+            raise
+
+    return wrapper
+
+
+class EnchTableModelLoader(compat.BaseModelLoader):  # type: ignore[misc]  # vllm is untyped here
+    """Loads a task model and merges a safety vector into it on the way.
+
+    Args:
+        load_config: vLLM's; its extra config is a `LoaderConfig`.
+
+    Raises:
+        ConfigError: The extra config is not usable.
+    """
+
+    @_refusing
+    def __init__(self, load_config: compat.LoadConfig) -> None:
+        super().__init__(load_config)
+        self.config = LoaderConfig.parse(load_config.model_loader_extra_config)
+        self._inner = compat.inner_loader(
+            load_config, self.config.inner_load_format, self.config.inner_extra_config
+        )
+        self._device: torch.device | None = None
+        self._prepared: Prepared | None = None
+
+    def download_model(self, model_config: compat.ModelConfig) -> None:
+        """Fetch the task model, as the inner loader does."""
+        self._inner.download_model(model_config)
+
+    @_refusing
+    def load_model(
+        self,
+        vllm_config: compat.VllmConfig,
+        model_config: compat.ModelConfig,
+        prefix: str = "",
+    ) -> torch.nn.Module:
+        """Check everything that headers can tell, then create the model and load it.
+
+        Raises:
+            EnchTableError: Something does not fit; nothing has been loaded, or what has been
+                is given up.
+        """
+        self._device = compat.target_device(vllm_config)
+        if not compat.is_draft(model_config):
+            self._prepared = self._prepare(model_config)
+        model: torch.nn.Module = super().load_model(vllm_config, model_config, prefix)
+        return model
+
+    @_refusing
+    def load_weights(self, model: torch.nn.Module, model_config: compat.ModelConfig) -> None:
+        """Load merged weights into a model: the inner loader's way, from the merged stream.
+
+        Raises:
+            EnchTableError: The merge failed or is not complete.
+        """
+        if compat.is_draft(model_config):
+            _log.info("draft model '%s' passes through unmerged", model_config.model)
+            self._inner.load_weights(model, model_config)
+            return
+        stream = self._stream(self._prepared or self._prepare(model_config), model)
+        # The inner loader iterates its own `get_all_weights`; give it the merged one.
+        stored = self._inner.get_all_weights
+        self._inner.get_all_weights = lambda config, module: self._merged(
+            stream, stored(config, module)
+        )
+        try:
+            self._inner.load_weights(model, model_config)
+        finally:
+            del self._inner.get_all_weights
+            self._prepared = None
+        if stream.report is None:
+            raise IncompleteMergeError(
+                f"model '{model_config.model}'",
+                expected="every weight to be read",
+                got="a model that stopped reading before the end",
+                fix="Report this with the model's architecture; it cannot be served merged.",
+            )
+
+    @_refusing
+    def get_all_weights(
+        self, model_config: compat.ModelConfig, model: torch.nn.Module
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """The merged stream, for reload. What headers can tell is checked before it returns.
+
+        Raises:
+            EnchTableError: Something does not fit; the model has not been touched.
+        """
+        stored = compat.all_weights(self._inner, model_config, model)
+        if compat.is_draft(model_config):
+            return stored
+        return self._merged(self._stream(self._prepare(model_config), model), stored)
+
+    def _prepare(self, model_config: compat.ModelConfig) -> Prepared:
+        device = self._merge_device()
+        bar = self._bar("Computing the merge plan", total=0)
+
+        def progress(name: str, done: int, total: int) -> None:  # noqa: ARG001
+            bar.total = total
+            bar.update()
+
+        try:
+            return prepare(
+                self.config,
+                model_config.model,
+                model_config.revision,
+                self.load_config.download_dir,
+                device="cpu" if device is None else str(device),
+                progress=progress,
+            )
+        finally:
+            bar.close()
+
+    def _merge_device(self) -> torch.device | None:
+        """The GPU the weights go to; None, the tensor's own place, elsewhere."""
+        device = self._device
+        return device if device is not None and device.type == "cuda" else None
+
+    def _stream(self, prepared: Prepared, model: torch.nn.Module) -> MergeStream:
+        bar = self._bar("Loading weights, merging", total=len(prepared.resolved.plan.tensors))
+        return MergeStream(
+            prepared.resolved,
+            prepared.vector,
+            what=prepared.what,
+            device=self._merge_device(),
+            may_filter=lambda name: compat.is_skipped_expert(self._inner, name),
+            foreign=bool(getattr(model, "secondary_weights", ())),
+            verify_content=self.config.verify == "content",
+            on_tensor=lambda _: bar.update(),
+        )
+
+    def _bar(self, title: str, total: int) -> Any:
+        """A progress bar in the manner of vLLM's own."""
+        return tqdm(
+            total=total,
+            desc=title,
+            disable=not compat.shows_progress(self.load_config),
+            bar_format=_BAR,
+            mininterval=1.0,
+            delay=0.5,
+        )
+
+    def _merged(
+        self, stream: MergeStream, stored: Iterator[tuple[str, torch.Tensor]]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        try:
+            yield from stream.merge(stored)
+        except EnchTableError as error:
+            last_word.leave(error)
+            raise
+        assert stream.report is not None
+        for warning in stream.report.warnings():
+            _log.warning(warning)
+        _log.info(stream.report.line())

@@ -1,0 +1,128 @@
+"""Everything that can be refused before the first weight is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from enchtable_vllm.checkpoint import Checkpoint, Location, locate, sampled_fingerprint
+from enchtable_vllm.errors import MergePlanError
+from enchtable_vllm.plan import (
+    PLAN_FILE,
+    MergePlan,
+    PlanOptions,
+    ResolvedPlan,
+    read_plan,
+    resolve_plan,
+)
+from enchtable_vllm.plan.cache import cached_plan
+from enchtable_vllm.progress import Progress, silent
+from enchtable_vllm.serving.config import LoaderConfig
+from enchtable_vllm.vector import SafetyVector
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Checked inputs of a merge.
+
+    Attributes:
+        task: The task model's folder.
+        what: How an error message calls the task model.
+        resolved: The plan in force.
+        vector: The safety vector.
+    """
+
+    task: Location
+    what: str
+    resolved: ResolvedPlan
+    vector: SafetyVector
+
+
+def prepare(
+    config: LoaderConfig,
+    model: str,
+    revision: str | None,
+    cache_dir: str | None,
+    *,
+    device: str,
+    progress: Progress = silent,
+) -> Prepared:
+    """Find, open and check plan, vector and task model.
+
+    Args:
+        config: The loader's keys.
+        model: The task model, as vLLM has it: a folder or a Hub id.
+        revision: Its Hub revision.
+        cache_dir: vLLM's ``--download-dir``.
+        device: Where a plan is computed, if one must be.
+        progress: For that computation.
+
+    Raises:
+        EnchTableError: Anything is missing, malformed, or does not belong together.
+    """
+    task = locate(model, revision=revision, cache_dir=cache_dir, what="task model")
+    checkpoint = Checkpoint(task.path, what="task model")
+    checkpoint.refuse_quantized()
+    fingerprint = sampled_fingerprint(checkpoint)
+    if config.base_model is not None:
+        assert config.safety_vector is not None  # LoaderConfig sees to it
+        vector = SafetyVector.open(config.safety_vector, cache_dir=cache_dir)
+        base = locate(config.base_model, cache_dir=cache_dir, what="base model")
+        options = PlanOptions(device=device)
+        plan, digest = cached_plan(task, base, vector, options, progress=progress)
+    else:
+        path = _find_plan(config, task, cache_dir)
+        plan, digest = read_plan(path)
+        vector = _open_vector(config, plan, path, cache_dir)
+    resolved = resolve_plan(plan, digest, beta=config.beta, scope=config.scope)
+    resolved.check_vector(vector)
+    resolved.check_task_model(fingerprint, checkpoint.what)
+    resolved.check_headers(checkpoint, vector)
+    return Prepared(task, checkpoint.what, resolved, vector)
+
+
+def _find_plan(config: LoaderConfig, task: Location, cache_dir: str | None) -> Path:
+    if config.merge_plan is None:
+        path = task.path / PLAN_FILE
+        if not path.is_file():
+            raise MergePlanError(
+                f"task model '{task}'",
+                expected=f"a '{PLAN_FILE}' in it, or 'merge_plan' or 'base_model' in "
+                "--model-loader-extra-config",
+                got="none",
+                fix="Make a plan with 'enchtable plan', or name what it is computed from.",
+            )
+        return path
+    path = Path(config.merge_plan).expanduser()
+    if path.is_file() or path.suffix == ".json":
+        return path
+    folder = locate(path, cache_dir=cache_dir, allow_patterns=(PLAN_FILE,), what="merge plan")
+    return folder.path / PLAN_FILE
+
+
+def _open_vector(
+    config: LoaderConfig, plan: MergePlan, path: Path, cache_dir: str | None
+) -> SafetyVector:
+    if config.safety_vector is not None:
+        return SafetyVector.open(config.safety_vector, cache_dir=cache_dir)
+    where = plan.safety_vector.location
+    if where is None:
+        raise MergePlanError(
+            f"merge plan '{path}'",
+            expected="the place of its safety vector, or 'safety_vector' in "
+            "--model-loader-extra-config",
+            got="neither",
+            fix="Name the vector, or put it inside the model's folder and plan again.",
+        )
+    if where.repo_id is not None:
+        return SafetyVector.open(where.repo_id, revision=where.commit, cache_dir=cache_dir)
+    assert where.path is not None  # VectorLocation holds one of the two
+    folder = path.parent / where.path
+    if not folder.resolve().is_relative_to(path.parent.resolve()):
+        raise MergePlanError(
+            f"merge plan '{path}', safety_vector.location",
+            expected="a folder inside the plan's own",
+            got=f"'{where.path}', a link to '{folder.resolve()}'",
+            fix="Name the vector with 'safety_vector' in --model-loader-extra-config.",
+        )
+    return SafetyVector.open(folder)

@@ -1,0 +1,189 @@
+"""Building a safety vector: aligned − surrogate, tensor by tensor."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from enchtable_vllm.checkpoint import (
+    Checkpoint,
+    FolderTransaction,
+    Location,
+    ShardWriter,
+    TensorHeader,
+    tensor_digest,
+)
+from enchtable_vllm.checkpoint.writer import SAFETENSORS_DTYPES, assign_shards, write_index
+from enchtable_vllm.errors import MismatchError, NonFiniteError, summarize_faults
+from enchtable_vllm.progress import Progress, silent
+from enchtable_vllm.vector.card import vector_card
+from enchtable_vllm.vector.format import (
+    VECTOR_FILE_STEM,
+    VECTOR_MANIFEST,
+    ModelReference,
+    VectorManifest,
+    VectorTensor,
+)
+from enchtable_vllm.vector.scope import Scope, in_scope
+
+StoredDtype = Literal["bf16", "fp32"]
+_TORCH = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DEFAULT_SHARD_BYTES = 5_000_000_000
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """What a build found.
+
+    Attributes:
+        manifest: As written.
+        unchanged: Tensors in scope that are bit-identical in both models; left out.
+        sixteen_bit_inputs: Whether a model was stored in 16 bits.
+    """
+
+    manifest: VectorManifest
+    unchanged: tuple[str, ...]
+    sixteen_bit_inputs: bool
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the user should know before trusting the vector."""
+        if not self.sixteen_bit_inputs:
+            return []
+        return [
+            "an input is stored in 16 bits, so changes smaller than its rounding are lost: "
+            f"{self.manifest.zero_share:.1%} of this vector's elements are exactly zero. "
+            "Build it from fp32 checkpoints (training's master weights) if you have them."
+        ]
+
+
+def build_vector(
+    aligned: Location,
+    surrogate: Location,
+    out: Path,
+    *,
+    scope: Scope = "attention",
+    dtype: StoredDtype = "bf16",
+    recipe: dict[str, Any] | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> BuildReport:
+    """Write the safety vector of two checkpoints. Memory: a few tensors, whatever their size.
+
+    Args:
+        aligned: The safe model.
+        surrogate: The model distilled from it; every tensor in scope must be in both, alike.
+        out: The folder to make.
+        scope: Which parameters take part.
+        dtype: How deltas are stored: differences are taken in fp32 and rounded once.
+        recipe: Recorded in the manifest.
+        max_shard_bytes: Larger vectors are sharded.
+        overwrite: Replace ``out``.
+        progress: Called with each tensor's name, how many are done, and how many there are.
+
+    Returns:
+        What was found and written.
+
+    Raises:
+        MismatchError: The models do not belong together, or nothing differs.
+        NonFiniteError: A difference is not finite.
+        CheckpointError: A checkpoint cannot be read or is quantised.
+    """
+    first = Checkpoint(aligned.path, what="aligned model")
+    second = Checkpoint(surrogate.path, what="surrogate")
+    for checkpoint in (first, second):
+        checkpoint.refuse_quantized()
+    chosen = _choose(first, second, scope)
+    changed = [h for h in chosen if not _identical(first, second, h.name)]
+    unchanged = tuple(sorted({h.name for h in chosen} - {h.name for h in changed}))
+    if not changed:
+        raise MismatchError(
+            f"surrogate '{surrogate}', scope '{scope}'",
+            expected="weights that differ from the aligned model's",
+            got=f"{len(chosen)} identical tensors",
+            fix="Give the surrogate that was trained from it, or widen --scope.",
+        )
+    stored = SAFETENSORS_DTYPES[_TORCH[dtype]]
+    headers = [TensorHeader(h.name, stored, h.shape, "") for h in changed]
+    shards = assign_shards(headers, VECTOR_FILE_STEM, max_shard_bytes)
+    tensors: dict[str, VectorTensor] = {}
+    zeros = 0
+    with FolderTransaction(out, overwrite=overwrite) as folder:
+        for file, shard in shards.items():
+            writer = ShardWriter(folder / file, shard, {"format": "pt"})
+            for header in shard:
+                delta = _difference(first, second, header.name).to(_TORCH[dtype])
+                tensors[header.name] = VectorTensor(
+                    shape=header.shape,
+                    dtype=stored,
+                    norm=_norm(delta, header.name),
+                    digest=tensor_digest(delta),
+                )
+                zeros += delta.numel() - int(torch.count_nonzero(delta))
+                writer.write(header.name, delta)
+                progress(header.name, len(tensors), len(headers))
+            writer.close()
+        write_index(folder, VECTOR_FILE_STEM, shards)
+        manifest = VectorManifest(
+            aligned=ModelReference.of(aligned, first),
+            surrogate=ModelReference.of(surrogate, second),
+            architecture=str((first.config.get("architectures") or ["unknown"])[0]),
+            scope=scope,
+            norm=math.sqrt(math.fsum(t.norm**2 for t in tensors.values())),
+            zero_share=zeros / sum(math.prod(t.shape) for t in tensors.values()),
+            recipe=recipe or {},
+            tensors=dict(sorted(tensors.items())),
+        )
+        (folder / VECTOR_MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
+        (folder / "README.md").write_text(vector_card(manifest, out.name))
+    inputs = {c.tensors[h.name].dtype for c in (first, second) for h in changed}
+    return BuildReport(manifest, unchanged, not inputs <= {"F32"})
+
+
+def _choose(first: Checkpoint, second: Checkpoint, scope: Scope) -> list[TensorHeader]:
+    """The tensors in scope, all faults reported at once."""
+    names = [n for n in first.tensors.keys() | second.tensors.keys() if in_scope(n, scope)]
+    faults = []
+    for name in sorted(names):
+        one, two = first.tensors.get(name), second.tensors.get(name)
+        if one is None or two is None:
+            faults.append(
+                f"'{name}' is only in the {'surrogate' if one is None else 'aligned model'}"
+            )
+        elif one.shape != two.shape:
+            faults.append(f"'{name}' is {list(one.shape)} and {list(two.shape)}")
+        elif not (one.is_float and two.is_float):
+            faults.append(f"'{name}' is {one.dtype} and {two.dtype}")
+    if faults or not names:
+        raise MismatchError(
+            f"{first.what} and {second.what}, scope '{scope}'",
+            expected="the same bf16, fp16 or fp32 tensors in both",
+            got=summarize_faults(faults) if faults else "no tensor in this scope",
+            fix="Give the aligned model that the surrogate was trained from.",
+        )
+    return [first.tensors[name] for name in sorted(names)]
+
+
+def _identical(first: Checkpoint, second: Checkpoint, name: str) -> bool:
+    return torch.equal(first.read(name).float(), second.read(name).float())
+
+
+def _difference(first: Checkpoint, second: Checkpoint, name: str) -> torch.Tensor:
+    return first.read(name).float() - second.read(name).float()
+
+
+def _norm(delta: torch.Tensor, name: str) -> float:
+    norm = float(torch.linalg.vector_norm(delta, dtype=torch.float64))
+    if not math.isfinite(norm):
+        raise NonFiniteError(
+            f"difference of tensor '{name}'",
+            expected="finite values",
+            got="NaN or infinity",
+            fix="A checkpoint is damaged or its training diverged: train it again.",
+        )
+    return norm

@@ -1,0 +1,85 @@
+"""``safety_vector.json``: what a safety vector says of itself.
+
+The tensors lie beside it, in ``safety_vector.safetensors`` or in shards with an index.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from enchtable_vllm.checkpoint import Checkpoint, Fingerprint, Location, sampled_fingerprint
+from enchtable_vllm.vector.scope import Scope
+
+VECTOR_MANIFEST = "safety_vector.json"
+VECTOR_FILE_STEM = "safety_vector"
+
+FiniteNorm = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class ModelReference(BaseModel):
+    """A model that an artefact was made from.
+
+    Attributes:
+        id: A Hub id, or the name of a local folder (never a path).
+        revision: The Hub commit, if there is one.
+        fingerprint: Sampled.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    id: str
+    revision: str | None = None
+    fingerprint: Fingerprint
+
+    @classmethod
+    def of(cls, location: Location, checkpoint: Checkpoint) -> ModelReference:
+        """What identifies an opened checkpoint."""
+        return cls(
+            id=location.repo_id or location.path.name,
+            revision=location.commit,
+            fingerprint=sampled_fingerprint(checkpoint),
+        )
+
+
+class VectorTensor(BaseModel):
+    """One delta.
+
+    Attributes:
+        shape, dtype: As stored; dtype in safetensors' spelling.
+        norm: L2, of the stored values.
+        digest: blake3 of every stored byte.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    shape: tuple[int, ...]
+    dtype: Literal["BF16", "F32"]
+    norm: FiniteNorm
+    digest: Fingerprint
+
+
+class VectorManifest(BaseModel):
+    """The whole file.
+
+    Attributes:
+        aligned, surrogate: The models it is the difference of.
+        architecture: The first of ``architectures`` in the aligned model's config.
+        scope: Which parameters it was built for.
+        norm: L2 over all deltas.
+        zero_share: The share of elements that are exactly zero.
+        recipe: How it was made; free-form.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format_version: Literal[1] = 1
+    aligned: ModelReference
+    surrogate: ModelReference
+    architecture: str
+    scope: Scope
+    norm: FiniteNorm
+    zero_share: Annotated[float, Field(ge=0, le=1)]
+    recipe: dict[str, Any] = {}
+    tensors: dict[str, VectorTensor]
