@@ -2,6 +2,7 @@
 
 from enchtable_vllm.checkpoint.fingerprint import (
     Fingerprint,
+    combine_digests,
     sampled_fingerprint,
     short,
     tensor_digest,
@@ -17,6 +18,7 @@ __all__ = [
     "Location",
     "ShardWriter",
     "TensorHeader",
+    "combine_digests",
     "locate",
     "sampled_fingerprint",
     "short",

@@ -10,7 +10,7 @@ this tells them apart at the cost of a few reads a tensor.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Annotated
 
 import torch
@@ -53,6 +53,11 @@ def sampled_fingerprint(checkpoint: Checkpoint) -> str:
 def content_fingerprint(digests: Iterable[tuple[TensorHeader, str]]) -> str:
     """One fingerprint from the content digests of all tensors."""
     return _combine((header, digest.encode()) for header, digest in digests)
+
+
+def combine_digests(digests: Mapping[str, str]) -> str:
+    """One digest of many named ones, whatever the order they were taken in."""
+    return f"blake3:{blake3(json.dumps(sorted(digests.items())).encode()).hexdigest()}"
 
 
 def _sample(tensor: torch.Tensor) -> bytes:

@@ -81,8 +81,8 @@ class Checkpoint:
 
     def metadata(self, file: str) -> dict[str, str]:
         """The free-form metadata in a file's header."""
-        metadata: dict[str, str] = self._handle(file).metadata() or {}
-        return metadata
+        metadata: dict[str, str] | None = self._handle(file).metadata()
+        return {} if metadata is None else metadata
 
     def names_by_file(self) -> Iterator[tuple[str, list[str]]]:
         """Each file with its tensors' names in the order of their bytes."""
@@ -134,12 +134,13 @@ class Checkpoint:
             return {}
         index = read_json_object(path, self.what)
         names = index.get("weight_map")
-        good = isinstance(names, dict) and all(isinstance(f, str) for f in names.values())
-        if not good or not names:
+        if not isinstance(names, dict) or not all(isinstance(f, str) for f in names.values()):
+            names = {}
+        if not names:
             raise CheckpointError(
                 f"{self.what}, {self.index_name}",
                 expected="an object 'weight_map' from tensor names to file names",
-                got=type(names).__name__,
+                got=f"{type(index.get('weight_map')).__name__}",
                 fix="Restore the index from where the checkpoint came from.",
             )
         bad = [f for f in set(names.values()) if Path(f).name != f]
@@ -153,7 +154,7 @@ class Checkpoint:
                 got=summarize_faults(faults),
                 fix="Download the checkpoint again.",
             )
-        return names
+        return {str(name): str(file) for name, file in names.items()}
 
     def _has(self, file: str) -> bool:
         return (self.folder / file).is_file()

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 import torch
 
@@ -70,6 +71,9 @@ def write_index(folder: Path, stem: str, shards: Mapping[str, Sequence[TensorHea
 class ShardWriter:
     """One safetensors file, written in the order of its headers.
 
+    Use as a context manager: leaving it flushes to the disk, and every tensor must have been
+    written by then.
+
     Args:
         path: The file.
         headers: Name, dtype and shape of every tensor, in writing order.
@@ -103,13 +107,21 @@ class ShardWriter:
             raise AssertionError(f"expected {header} next, got {name} of {len(data)} bytes")
         self._file.write(data)
 
-    def close(self) -> None:
-        """Flush to the disk; every tensor must have been written."""
-        if self._pending:
-            raise AssertionError(f"{len(self._pending)} tensors were not written")
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        with self._file:
+            if kind is None:
+                if self._pending:
+                    raise AssertionError(f"{len(self._pending)} tensors were not written")
+                self._file.flush()
+                os.fsync(self._file.fileno())
 
 
 class FolderTransaction:

@@ -9,12 +9,12 @@ import torch
 import typer
 
 from enchtable_vllm.checkpoint import locate
-from enchtable_vllm.cli.output import ScopeChoice, out, print_json, progress_bar, scope_of, warn
+from enchtable_vllm.cli.output import out, print_json, progress_bar, warn
 from enchtable_vllm.cli.plan import check_device
 from enchtable_vllm.cli.vector import JsonOption
 from enchtable_vllm.merge import merge_checkpoint
 from enchtable_vllm.plan import read_plan, resolve_plan
-from enchtable_vllm.vector import SafetyVector
+from enchtable_vllm.vector import SafetyVector, Scope
 
 
 def merge(
@@ -26,7 +26,7 @@ def merge(
         float | None, typer.Option(help="Another β than the plan's.", show_default=False)
     ] = None,
     scope: Annotated[
-        ScopeChoice | None, typer.Option(help="A part of the plan's scope.", show_default=False)
+        Scope | None, typer.Option(help="A part of the plan's scope.", show_default=False)
     ] = None,
     device: Annotated[str, typer.Option(help="Where to merge: cpu, cuda. Same bits.")] = "cpu",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder.")] = False,
@@ -39,7 +39,7 @@ def merge(
     """
     check_device(device)
     made, digest = read_plan(plan)
-    resolved = resolve_plan(made, digest, beta=beta, scope=scope_of(scope))
+    resolved = resolve_plan(made, digest, beta=beta, scope=scope)
     vector = SafetyVector.open(safety_vector)
     with progress_bar("Merging") as progress:
         report = merge_checkpoint(

@@ -1,11 +1,10 @@
-"""Consoles, progress bars and the option types that commands share."""
+"""Consoles, progress bars and what else commands share."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from enum import StrEnum
 
 from rich.console import Console
 from rich.progress import (
@@ -18,18 +17,9 @@ from rich.progress import (
 from rich.progress import Progress as Bars
 
 from enchtable_vllm.progress import Progress
-from enchtable_vllm.vector.scope import SCOPES, Scope
 
 out = Console()
 errors = Console(stderr=True)
-
-#: Scopes as typer's choices.
-ScopeChoice = StrEnum("ScopeChoice", [(scope, scope) for scope in SCOPES])
-
-
-def scope_of(choice: ScopeChoice | None) -> Scope | None:
-    """The chosen scope, as the library spells it."""
-    return next((scope for scope in SCOPES if scope == choice), None)
 
 
 def print_json(value: Mapping[str, object]) -> None:

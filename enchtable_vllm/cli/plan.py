@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 
 from enchtable_vllm.checkpoint import Location, locate
-from enchtable_vllm.cli.output import ScopeChoice, out, print_json, progress_bar, scope_of, warn
+from enchtable_vllm.cli.output import out, print_json, progress_bar, warn
 from enchtable_vllm.cli.vector import JsonOption
 from enchtable_vllm.errors import ConfigError
 from enchtable_vllm.merge.report import LOW_RETAINED_SHARE
@@ -23,7 +23,7 @@ from enchtable_vllm.plan import (
     compute_plan,
 )
 from enchtable_vllm.plan.summary import KindSummary, summarize
-from enchtable_vllm.vector import SafetyVector
+from enchtable_vllm.vector import SafetyVector, Scope
 
 
 def plan(
@@ -41,7 +41,7 @@ def plan(
         float, typer.Option(help="γ: the share of singular directions that is compared.")
     ] = 0.5,
     scope: Annotated[
-        ScopeChoice | None, typer.Option(help="Default: the vector's own.", show_default=False)
+        Scope | None, typer.Option(help="Default: the vector's own.", show_default=False)
     ] = None,
     device: Annotated[str, typer.Option(help="Where the linear algebra runs: cpu, cuda.")] = "cpu",
     as_json: JsonOption = False,
@@ -56,7 +56,7 @@ def plan(
     if path.is_dir():
         path = path / PLAN_FILE
     options = PlanOptions(
-        beta=beta, rank_fraction=rank_fraction, scope=scope_of(scope), device=check_device(device)
+        beta=beta, rank_fraction=rank_fraction, scope=scope, device=check_device(device)
     )
     base = locate(base_model, what="base model")
     vector = SafetyVector.open(safety_vector)

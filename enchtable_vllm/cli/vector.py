@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import json
 import math
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated
 
 import torch
 import typer
 from rich.table import Table
 
 from enchtable_vllm.checkpoint import locate, short
-from enchtable_vllm.cli.output import ScopeChoice, out, print_json, progress_bar, scope_of, warn
+from enchtable_vllm.cli.output import out, print_json, progress_bar, warn
 from enchtable_vllm.errors import ConfigError, SafetyVectorError
-from enchtable_vllm.vector import SafetyVector, build_vector
+from enchtable_vllm.vector import SafetyVector, Scope, build_vector
 from enchtable_vllm.vector.build import StoredDtype
 
 app = typer.Typer(no_args_is_help=True, help="Build, inspect and verify safety vectors.")
 
-DtypeChoice = StrEnum("DtypeChoice", [(d, d) for d in get_args(StoredDtype)])
 VectorArgument = Annotated[str, typer.Argument(help="Folder, or Hub id[@revision].")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 _BYTES = {"BF16": 2, "F32": 4}
@@ -31,8 +29,8 @@ def build(
     aligned: Annotated[str, typer.Option(help="The safe model: folder or Hub id[@revision].")],
     surrogate: Annotated[str, typer.Option(help="The model distilled from it to be unsafe.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The vector's folder.")],
-    scope: Annotated[ScopeChoice, typer.Option(help="Which parameters.")] = ScopeChoice.attention,
-    dtype: Annotated[DtypeChoice, typer.Option(help="How deltas are stored.")] = DtypeChoice.bf16,
+    scope: Annotated[Scope, typer.Option(help="Which parameters.")] = "attention",
+    dtype: Annotated[StoredDtype, typer.Option(help="How deltas are stored.")] = "bf16",
     recipe: Annotated[
         Path | None, typer.Option(help="A JSON object to record: how the surrogate was made.")
     ] = None,
@@ -47,15 +45,13 @@ def build(
     Give fp32 checkpoints: two 16-bit ones differ only where a change was large enough to
     survive rounding.
     """
-    chosen = scope_of(scope)
-    assert chosen is not None
     with progress_bar("Building") as progress:
         report = build_vector(
             locate(aligned, what="aligned model"),
             locate(surrogate, what="surrogate"),
             output,
-            scope=chosen,
-            dtype="fp32" if dtype == "fp32" else "bf16",
+            scope=scope,
+            dtype=dtype,
             recipe=_read_recipe(recipe),
             max_shard_bytes=int(max_shard_gb * 1e9),
             overwrite=overwrite,

@@ -64,19 +64,19 @@ def merge_checkpoint(
         done += 1
         progress(name, done, len(task.tensors))
 
-    stream = MergeStream(resolved, vector, what=task.what, device=device, on_tensor=on_tensor)
+    stream = MergeStream(
+        resolved, vector, what=task.what, device=device, digest_merged=True, on_tensor=on_tensor
+    )
     with FolderTransaction(out, overwrite=overwrite) as folder:
         _copy_everything_else(task, folder)
         merged = stream.merge(_stored(task))
         for file, names in task.names_by_file():
-            writer = ShardWriter(
-                folder / file, [task.tensors[name] for name in names], task.metadata(file)
-            )
-            for name in names:
-                streamed, tensor = next(merged)
-                assert streamed == name
-                writer.write(name, tensor)
-            writer.close()
+            headers = [task.tensors[name] for name in names]
+            with ShardWriter(folder / file, headers, task.metadata(file)) as writer:
+                for name in names:
+                    streamed, tensor = next(merged)
+                    assert streamed == name
+                    writer.write(name, tensor)
         assert next(merged, None) is None  # ends the stream: its checks run before the rename
     assert stream.report is not None
     return stream.report

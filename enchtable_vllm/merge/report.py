@@ -22,6 +22,7 @@ class MergeReport:
         kept: How many tensors went through bit for bit.
         filtered: Tensors of the plan that this rank never sees (other ranks' experts).
         seconds: From the first tensor to the last.
+        merged_digest: Of every merged byte, where that was asked for: equal for equal merges.
     """
 
     resolved: ResolvedPlan
@@ -29,6 +30,7 @@ class MergeReport:
     kept: int = 0
     filtered: int = 0
     seconds: float = 0.0
+    merged_digest: str | None = None
 
     @property
     def total(self) -> Effect:
@@ -41,13 +43,14 @@ class MergeReport:
     def line(self) -> str:
         """Counts, effect, and the identity of everything that went in."""
         plan, total = self.resolved.plan, self.total
+        weights = f"merged weights {short(self.merged_digest)}, " if self.merged_digest else ""
         return (
             f"safety vector merged: {len(self.effects)} merged, {self.kept} kept, "
             f"{self.filtered} filtered; retained share {total.retained_share:.3f}, "
             f"cosine {total.cosine:.3f}; "
             f"vector '{plan.safety_vector.name}' {short(plan.safety_vector.fingerprint)}, "
             f"plan {short(self.resolved.digest)}, beta {self.resolved.beta:g}, "
-            f"scope {self.resolved.scope}; {self.seconds:.2f} s"
+            f"scope {self.resolved.scope}; {weights}{self.seconds:.2f} s"
         )
 
     def warnings(self) -> list[str]:
@@ -71,6 +74,7 @@ class MergeReport:
             "cosine": total.cosine,
             "relative_error": total.relative_error,
             "safety_vector": plan.safety_vector.model_dump(mode="json", exclude_none=True),
+            "merged_digest": self.merged_digest,
             "plan_digest": self.resolved.digest,
             "beta": self.resolved.beta,
             "scope": self.resolved.scope,

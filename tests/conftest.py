@@ -1,0 +1,47 @@
+"""Fixtures that several test files share."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    """No test reads or fills the user's cache of plans."""
+    monkeypatch.setenv("ENCHTABLE_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="session")
+def family(tmp_path_factory):
+    """A tiny random Llama family; read-only, because tests share it."""
+    import models
+
+    folder = tmp_path_factory.mktemp("family")
+    return models.make_family(models.tiny_llama(folder / "aligned"), folder)
+
+
+@pytest.fixture
+def damaged(family, tmp_path):
+    """A copy of the family for a test to damage."""
+    import models
+
+    return models.copy_family(family, tmp_path / "family")
+
+
+@pytest.fixture
+def edit_json():
+    """Change one value in a JSON file: ``edit_json(path, "tensors", name, "a", value=…)``."""
+    import json
+
+    def edit(path: Path, *keys, value):
+        document = json.loads(path.read_text())
+        inner = document
+        for key in keys[:-1]:
+            inner = inner[key]
+        inner[keys[-1]] = value
+        path.write_text(json.dumps(document))
+
+    return edit

@@ -1,0 +1,84 @@
+"""Runs real vLLM on each of several settings and prints what it serves, as JSON.
+
+A program of its own, because vLLM wants a main module that it can import in its workers.
+Usage: ``python probe.py '[{"model": ..., "load_format": ..., ...}, ...]'``.
+"""
+
+import gc
+import hashlib
+import json
+import os
+import sys
+
+PROMPTS = [[1, 5, 9, 200, 17], [3, 4, 5, 6, 7, 8, 9, 10, 11]]
+
+
+def served_weights(worker):
+    """Digest of every weight that this rank serves.
+
+    On the CPU linear layers are packed and their ``weight`` is left empty, so a digest of the
+    parameters would prove nothing: an identity matrix sent through the packed layer gives its
+    weight back, exactly.
+    """
+    import torch
+    from vllm.model_executor.layers.linear import LinearBase
+
+    def digest(tensor):
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        return hashlib.sha256(flat.view(torch.uint8).numpy().tobytes()).hexdigest()
+
+    found = {}
+    model = worker.model_runner.get_model()
+    for name, parameter in model.named_parameters():
+        if parameter.numel():
+            found[name] = digest(parameter)
+    for name, module in model.named_modules():
+        if isinstance(module, LinearBase) and module.weight.numel() == 0:
+            identity = torch.eye(module.input_size_per_partition, dtype=module.params_dtype)
+            found[name + ".weight"] = digest(module.quant_method.apply(module, identity))
+    return found
+
+
+def reload(worker):
+    worker.model_runner.reload_weights()
+
+
+def run(setting):
+    from vllm import LLM, SamplingParams
+
+    reloads = setting.pop("reload", False)
+    llm = LLM(
+        dtype="bfloat16",
+        max_model_len=128,
+        max_num_seqs=4,
+        disable_log_stats=True,
+        skip_tokenizer_init=True,
+        **setting,
+    )
+
+    def look(llm):
+        sampling = SamplingParams(temperature=0.0, max_tokens=8, logprobs=3, detokenize=False)
+        outputs = llm.generate([{"prompt_token_ids": p} for p in PROMPTS], sampling, use_tqdm=False)
+        return {
+            "weights": llm.collective_rpc(served_weights),
+            "tokens": [list(o.outputs[0].token_ids) for o in outputs],
+            "logprobs": [
+                [{str(t): lp.logprob for t, lp in step.items()} for step in o.outputs[0].logprobs]
+                for o in outputs
+            ],
+        }
+
+    seen = {"first": look(llm)}
+    if reloads:
+        llm.collective_rpc(reload)
+        llm.reset_prefix_cache()
+        seen["reloaded"] = look(llm)
+    del llm
+    gc.collect()
+    return seen
+
+
+if __name__ == "__main__":
+    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # sends `served_weights` to the workers
+    results = [run(setting) for setting in json.loads(sys.argv[1])]
+    print("\nRESULT " + json.dumps(results))

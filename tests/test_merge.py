@@ -1,0 +1,199 @@
+"""The merged stream and the offline merge."""
+
+import shutil
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from test_checkpoint import shard
+
+from enchtable_vllm.checkpoint import Checkpoint, Location, locate
+from enchtable_vllm.errors import (
+    IncompleteMergeError,
+    MismatchError,
+    NonFiniteError,
+    SafetyVectorError,
+)
+from enchtable_vllm.merge import MergeStream, merge_checkpoint
+from enchtable_vllm.plan import read_plan, resolve_plan
+from enchtable_vllm.vector import SafetyVector, build_vector
+
+Q = "model.layers.0.self_attn.q_proj.weight"
+
+
+def inputs(family, **options):
+    return SafetyVector.open(family.vector), resolve_plan(*read_plan(family.plan), **options)
+
+
+def stored(family):
+    return sorted(load_file(family.task / "model.safetensors").items())
+
+
+def stream(family, source, **options):
+    vector, resolved = inputs(family)
+    pass_ = MergeStream(resolved, vector, what="task model", **options)
+    return dict(pass_.merge(source)), pass_.report
+
+
+def test_merged_is_multiply_add_round_of_the_plans_coefficient(family):
+    """Written again in float32 arithmetic, tensor by tensor; the rest is untouched."""
+    vector, resolved = inputs(family)
+    before = dict(stored(family))
+    merged, report = stream(family, before.items())
+    changed = 0
+    for name, tensor in before.items():
+        if name in resolved.coefficients:
+            c = torch.tensor(resolved.coefficients[name][0], dtype=torch.float32)
+            expected = (tensor.float() + vector.read(name).float() * c).bfloat16()
+            assert torch.equal(merged[name], expected)
+            changed += not torch.equal(expected, tensor)
+        else:
+            assert merged[name] is tensor
+    assert changed == len(report.effects) == 8
+    assert report.kept == len(before) - 8
+
+
+def test_line_says_everything_a_person_needs(family):
+    vector, resolved = inputs(family)
+    _, report = stream(family, stored(family))
+    line = report.line()
+    assert line.startswith("safety vector merged: 8 merged, 13 kept, 0 filtered; retained share ")
+    for part in (
+        "vector 'safety-vector'", vector.fingerprint[7:19], resolved.digest[7:19],
+        "beta 0.5", "scope attention", " s",
+    ):  # fmt: skip
+        assert part in line
+    assert report.to_json()["merged"] == 8
+
+
+def test_offline_merge_is_the_stream_in_the_same_files(family, tmp_path):
+    vector, resolved = inputs(family)
+    report = merge_checkpoint(Location(family.task), vector, resolved, tmp_path / "out")
+    merged, streamed = stream(family, stored(family), digest_merged=True)
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert written.keys() == merged.keys()
+    assert all(torch.equal(written[name], merged[name]) for name in merged)
+    assert report.merged_digest == streamed.merged_digest
+    names = {p.name for p in (tmp_path / "out").iterdir()}
+    assert names == {"model.safetensors", "config.json", "generation_config.json"}
+    with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_offline_merge_keeps_sharding_and_every_other_file(family, tmp_path):
+    folder = shard(family.task, tmp_path / "task")
+    for name, text in (("chat_template.jinja", "{{x}}"), ("tokenizer.json", "{}")):
+        (folder / name).write_text(text)
+    vector, resolved = inputs(family)
+    merge_checkpoint(Location(folder), vector, resolved, tmp_path / "out")
+    before = {p.name for p in folder.iterdir()}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == before
+    for name in ("chat_template.jinja", "tokenizer.json", "model.safetensors.index.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes()
+    expected, _ = stream(family, stored(family))
+    opened = Checkpoint(tmp_path / "out")
+    assert all(torch.equal(opened.read(name), expected[name]) for name in expected)
+
+
+def test_merging_twice_gives_the_same_bytes(family, tmp_path):
+    vector, resolved = inputs(family)
+    for name in ("a", "b"):
+        merge_checkpoint(Location(family.task), vector, resolved, tmp_path / name)
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("a", "b")]
+    assert files[0] == files[1]
+
+
+def test_what_is_planned_must_come(family):
+    missing = [(n, t) for n, t in stored(family) if n != Q]
+    with pytest.raises(IncompleteMergeError, match="q_proj"):
+        stream(family, missing)
+    merged, report = stream(family, missing, may_filter=lambda name: name == Q)
+    assert Q not in merged
+    assert report.filtered == 1
+    with pytest.raises(IncompleteMergeError):
+        stream(family, [], may_filter=lambda _: True)
+
+
+def test_a_stream_that_is_not_finished_has_no_report(family):
+    vector, resolved = inputs(family)
+    pass_ = MergeStream(resolved, vector, what="task model")
+    for _ in pass_.merge(iter(stored(family)[:3])):
+        break
+    assert pass_.report is None
+
+
+def test_unknown_and_repeated_and_reshaped_tensors_are_refused(family):
+    with pytest.raises(MismatchError, match="one it does not know"):
+        stream(family, [("surprise", torch.ones(1)), *stored(family)])
+    merged, _ = stream(family, [("surprise", torch.ones(1)), *stored(family)], foreign=True)
+    assert "surprise" in merged
+    with pytest.raises(MismatchError, match="a second time"):
+        stream(family, [*stored(family), *stored(family)])
+    reshaped = [(n, t[:4] if n == Q else t) for n, t in stored(family)]
+    with pytest.raises(MismatchError, match=r"\[4, 256\]"):
+        stream(family, reshaped)
+    packed = [(n, t.to(torch.int8) if n == Q else t) for n, t in stored(family)]
+    with pytest.raises(MismatchError, match="int8"):
+        stream(family, packed)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(family, bad):
+    tensors = dict(stored(family))
+    tensors[Q] = tensors[Q].clone()
+    tensors[Q][3, 3] = bad
+    with pytest.raises(NonFiniteError, match=r"self_attn\.q_proj\.weight' has 1"):
+        stream(family, tensors.items())
+
+
+def test_content_verification_finds_one_changed_byte_anywhere(family):
+    """Sampling cannot see it: it lies between the samples."""
+    tensors = dict(stored(family))
+    stream(family, tensors.items(), verify_content=True)
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[name] = tensors[name].clone()
+    tensors[name].view(-1)[10_000] += 1
+    with pytest.raises(MismatchError, match=r"up_proj.*content"):
+        stream(family, tensors.items(), verify_content=True)
+    stream(family, tensors.items())
+
+
+def test_a_failed_offline_merge_leaves_nothing(damaged, tmp_path):
+    path = damaged.vector / "safety_vector.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    vector, resolved = inputs(damaged)
+    with pytest.raises(SafetyVectorError, match="Its bytes changed"):
+        merge_checkpoint(Location(damaged.task), vector, resolved, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["family"]
+
+
+def test_offline_merge_refuses_the_wrong_task_model_and_vector(family, damaged, tmp_path):
+    vector, resolved = inputs(family)
+    with pytest.raises(MismatchError, match="the task model that the plan was made for"):
+        merge_checkpoint(Location(family.base), vector, resolved, tmp_path / "out")
+    shutil.rmtree(damaged.vector)
+    build_vector(locate(damaged.aligned), locate(damaged.surrogate), damaged.vector, dtype="fp32")
+    with pytest.raises(MismatchError, match="the vector that the plan was made for"):
+        merge_checkpoint(
+            Location(family.task), SafetyVector.open(damaged.vector), resolved, tmp_path / "out"
+        )
+
+
+def test_low_retained_share_warns(family):
+    """At a tiny beta bf16 rounds the vector away: the report says that nothing much happened."""
+    vector, resolved = inputs(family, beta=1e-4)
+    pass_ = MergeStream(resolved, vector, what="task model")
+    list(pass_.merge(stored(family)))
+    assert pass_.report.total.retained_share < 0.5
+    assert "larger beta" in pass_.report.warnings()[0]
+    assert stream(family, stored(family))[1].warnings() == []
+
+
+def test_fp32_and_fp16_task_models(family):
+    for dtype in (torch.float32, torch.float16):
+        tensors = {n: t.to(dtype) for n, t in stored(family)}
+        merged, _ = stream(family, tensors.items())
+        assert merged[Q].dtype == dtype

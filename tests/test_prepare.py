@@ -1,0 +1,260 @@
+"""What a server refuses before it reads a weight: configuration, plan, vector, task model."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import models
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from enchtable_vllm.checkpoint import locate
+from enchtable_vllm.errors import (
+    CheckpointError,
+    ConfigError,
+    EnchTableError,
+    MergePlanError,
+    MismatchError,
+    QuantizedCheckpointError,
+    SafetyVectorError,
+)
+from enchtable_vllm.serving.config import LoaderConfig
+from enchtable_vllm.serving.prepare import prepare
+from enchtable_vllm.vector import build_vector
+
+
+def prepared(task, **keys):
+    return prepare(LoaderConfig.parse(keys), str(task), None, None, device="cpu")
+
+
+def test_the_shortest_form(family):
+    """The folder carries plan and vector: no key is needed."""
+    found = prepared(family.task)
+    assert len(found.resolved.coefficients) == 8
+    assert found.resolved.beta == 0.5
+
+
+def test_every_way_to_name_the_plan_and_the_vector(damaged, tmp_path):
+    plan = shutil.move(damaged.plan, tmp_path / "other.json")
+    vector = shutil.move(damaged.vector, tmp_path / "elsewhere")
+    found = prepared(damaged.task, merge_plan=str(plan), safety_vector=str(vector))
+    assert len(found.resolved.coefficients) == 8
+    (tmp_path / "p").mkdir()
+    shutil.move(plan, tmp_path / "p" / "merge_plan.json")
+    prepared(damaged.task, merge_plan=str(tmp_path / "p"), safety_vector=str(vector))
+    with pytest.raises(CheckpointError, match="safety-vector"):
+        prepared(damaged.task, merge_plan=str(tmp_path / "p"))
+
+
+def test_vector_at_a_hub_commit(damaged, tmp_path, edit_json, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    snapshot = tmp_path / "hub" / "models--org--vector" / "snapshots" / commit
+    shutil.move(damaged.vector, snapshot)
+    location = {"repo_id": "org/vector", "commit": commit}
+    edit_json(damaged.plan, "safety_vector", "location", value=location)
+    config = LoaderConfig.parse({})
+    found = prepare(config, str(damaged.task), None, str(tmp_path / "hub"), device="cpu")
+    assert found.vector.name == "org/vector"
+
+
+def test_beta_and_scope_at_load(family):
+    assert prepared(family.task, beta=1.5).resolved.beta == 1.5
+    assert prepared(family.task, scope="attention").resolved.scope == "attention"
+    with pytest.raises(ConfigError, match="scope"):
+        prepared(family.task, scope="ffn")
+
+
+def test_base_model_computes_the_plan_once_for_all_ranks(family, tmp_path):
+    """Two processes at once, one computation, the same plan as computed ahead."""
+    bare = tmp_path / "task"
+    shutil.copytree(family.task, bare, ignore=shutil.ignore_patterns("merge_plan.json", "safety*"))
+    code = (
+        "import sys, enchtable_vllm.plan.cache as c, enchtable_vllm.plan.compute as m;"
+        "real = c.compute_plan;\n"
+        "def counted(*a, **k):\n"
+        "    open(sys.argv[4], 'a').write('x'); return real(*a, **k)\n"
+        "c.compute_plan = counted\n"
+        "from enchtable_vllm.serving.config import LoaderConfig\n"
+        "from enchtable_vllm.serving.prepare import prepare\n"
+        "config = LoaderConfig.parse({'base_model': sys.argv[2], 'safety_vector': sys.argv[3]})\n"
+        "print(prepare(config, sys.argv[1], None, None, device='cpu').resolved.digest)\n"
+    )
+    arguments = [str(p) for p in (bare, family.base, family.vector, tmp_path / "count")]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    digests = {rank.communicate()[0] for rank in ranks}
+    assert all(rank.returncode == 0 for rank in ranks)
+    assert len(digests) == 1
+    assert (tmp_path / "count").read_text() == "x"
+    ahead = models.plan_for(family.task, family.base, family.vector)
+    keys = {"base_model": str(family.base), "safety_vector": str(family.vector)}
+    found = prepared(bare, **keys)
+    assert found.resolved.plan.merged == ahead.merged
+    assert f"{found.resolved.digest}\n" in digests
+    # Another beta needs no other plan.
+    assert prepared(bare, **keys, beta=2.0).resolved.digest == found.resolved.digest
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"saftey_vector": "v"}, "saftey_vector"),
+        ({"beta": "0.1"}, "beta"),
+        ({"beta": True}, "beta"),
+        ({"beta": -0.1}, "beta"),
+        ({"beta": 0}, "beta"),
+        ({"beta": float("nan")}, "beta"),
+        ({"beta": float("inf")}, "beta"),
+        ({"scope": "everything"}, "scope"),
+        ({"verify": "none"}, "verify"),
+        ({"safety_vector": ""}, "safety_vector"),
+        ({"safety_vector": 3}, "safety_vector"),
+        ({"inner_extra_config": []}, "inner_extra_config"),
+        ({"inner_load_format": "enchtable"}, "inner_load_format"),
+        ({"base_model": "b"}, "needs 'safety_vector'"),
+        ({"base_model": "b", "safety_vector": "v", "merge_plan": "p"}, "not both"),
+        (None, "object"),
+        ([], "object"),
+    ],
+)
+def test_bad_configuration_is_refused_before_anything_is_read(keys, message):
+    with pytest.raises(ConfigError, match=message) as raised:
+        LoaderConfig.parse(keys)
+    assert "expected an object with keys among" in str(raised.value)
+
+
+def no_plan(family):
+    family.plan.unlink()
+    return MergePlanError, "Make a plan"
+
+
+def no_location(family):
+    plan = models.plan_for(family.task, family.base, family.vector)
+    reference = plan.safety_vector.model_copy(update={"location": None})
+    text = plan.model_copy(update={"safety_vector": reference}).to_json()
+    family.plan.write_text(text)
+    return MergePlanError, "Name the vector"
+
+
+def wrong_task_model(family):
+    save_changed(family.task, "model.layers.0.mlp.up_proj.weight")
+    return MismatchError, "the task model that the plan was made for"
+
+
+def extra_tensor(family):
+    tensors = load_file(family.task / "model.safetensors")
+    tensors["extra"] = torch.ones(1)
+    save_file(tensors, family.task / "model.safetensors")
+    return MismatchError, "the task model that the plan was made for"
+
+
+def missing_tensor(family):
+    tensors = load_file(family.task / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, family.task / "model.safetensors")
+    return MismatchError, "the task model that the plan was made for"
+
+
+def another_vector(family):
+    shutil.rmtree(family.vector)
+    build_vector(locate(family.aligned), locate(family.surrogate), family.vector, dtype="fp32")
+    return MismatchError, "the vector that the plan was made for"
+
+
+def truncated_vector(family):
+    path = family.vector / "safety_vector.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    return CheckpointError, "truncated or corrupt"
+
+
+def truncated_task_model(family):
+    path = family.task / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    return CheckpointError, "truncated or corrupt"
+
+
+def vector_without_manifest(family):
+    (family.vector / "safety_vector.json").unlink()
+    return SafetyVectorError, "enchtable vector build"
+
+
+def quantised_task_model(family):
+    (family.task / "config.json").write_text('{"quantization_config": {"quant_method": "awq"}}')
+    return QuantizedCheckpointError, "'awq'"
+
+
+def config_is_not_json(family):
+    (family.task / "config.json").write_text("{")
+    return CheckpointError, r"config\.json"
+
+
+def vector_is_a_link_out_of_the_folder(family):
+    outside = family.task.parent / "outside"
+    shutil.move(family.vector, outside)
+    family.vector.symlink_to(outside)
+    return MergePlanError, "inside the plan's own"
+
+
+def save_changed(folder, name):
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name][0] += 1
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        no_plan, no_location, wrong_task_model, extra_tensor, missing_tensor, another_vector,
+        truncated_vector, truncated_task_model, vector_without_manifest, quantised_task_model,
+        config_is_not_json, vector_is_a_link_out_of_the_folder,
+    ],
+    ids=lambda f: f.__name__,
+)  # fmt: skip
+def test_faults_that_headers_show_are_refused(damaged, damage):
+    prepared(damaged.task)
+    kind, message = damage(damaged)
+    with pytest.raises(kind, match=message) as raised:
+        prepared(damaged.task)
+    assert_form(raised.value)
+
+
+def assert_form(error):
+    """What, where: expected X, got Y. Do Z."""
+    text = str(error)
+    assert isinstance(error, EnchTableError)
+    assert text == f"{error.subject}: expected {error.expected}, got {error.got}. {error.fix}"
+    assert error.fix.endswith((".", ")"))
+
+
+def test_wrong_base_model_is_refused(family, tmp_path):
+    other = models.tiny_llama(tmp_path / "other", seed=5)
+    with pytest.raises(MismatchError, match="unrelated"):
+        prepared(family.task, base_model=str(other), safety_vector=str(family.vector))
+
+
+def test_a_hand_written_plan_cannot_name_foreign_tensors(damaged, edit_json):
+    name = "model.norm.weight"
+    q = "model.layers.0.self_attn.q_proj.weight"
+    entry = json.loads(damaged.plan.read_text())["tensors"][q]
+    edit_json(damaged.plan, "tensors", name, value=entry)
+    with pytest.raises(EnchTableError):
+        prepared(damaged.task)
+
+
+def test_importing_the_plugin_brings_in_neither_torch_nor_vllm():
+    code = (
+        "import sys, enchtable_vllm.serving.registration;"
+        "print(sorted({'torch', 'vllm', 'transformers', 'pydantic'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, env=os.environ
+    )
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,237 @@
+"""Building safety vectors, and refusing damaged ones."""
+
+import json
+import shutil
+
+import models
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from enchtable_vllm.checkpoint import locate
+from enchtable_vllm.errors import (
+    CheckpointError,
+    MismatchError,
+    NonFiniteError,
+    QuantizedCheckpointError,
+    SafetyVectorError,
+)
+from enchtable_vllm.vector import SafetyVector, build_vector, in_scope, narrows
+
+Q = "model.layers.0.self_attn.q_proj.weight"
+
+
+def build(family, out, **options):
+    return build_vector(locate(family.aligned), locate(family.surrogate), out, **options)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "torch_dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)]
+)
+def test_vector_is_aligned_minus_surrogate(family, tmp_path, dtype, torch_dtype):
+    report = build(family, tmp_path / "v", dtype=dtype)
+    aligned = load_file(family.aligned / "model.safetensors")
+    surrogate = load_file(family.surrogate / "model.safetensors")
+    vector = SafetyVector.open(tmp_path / "v")
+    assert set(vector.tensors) == {n for n in aligned if "_proj" in n and "self_attn" in n}
+    for name, entry in vector.tensors.items():
+        expected = (aligned[name] - surrogate[name]).to(torch_dtype)
+        assert torch.equal(vector.read(name), expected)
+        assert entry.norm == pytest.approx(float(expected.double().norm()), rel=1e-12)
+    total = sum(t.norm**2 for t in vector.tensors.values()) ** 0.5
+    assert vector.manifest.norm == pytest.approx(total, rel=1e-12)
+    assert report.warnings == []
+    assert vector.manifest.architecture == "LlamaForCausalLM"
+
+
+def test_a_large_vector_is_sharded_and_reads_the_same(family, tmp_path):
+    build(family, tmp_path / "whole")
+    build(family, tmp_path / "sharded", max_shard_bytes=200_000)
+    assert len(list((tmp_path / "sharded").glob("safety_vector-*-of-*.safetensors"))) > 2
+    whole, sharded = SafetyVector.open(tmp_path / "whole"), SafetyVector.open(tmp_path / "sharded")
+    assert whole.fingerprint == sharded.fingerprint
+    assert torch.equal(whole.read(Q), sharded.read(Q))
+
+
+def test_building_holds_a_few_tensors_not_a_model(family, tmp_path, monkeypatch):
+    """Tensors alive at once, counted at every read: never more than four."""
+    import gc
+    import weakref
+
+    from enchtable_vllm.checkpoint import Checkpoint
+
+    alive: list[weakref.ref] = []
+    most = 0
+    read = Checkpoint.read
+
+    def counting(self, name):
+        nonlocal most
+        tensor = read(self, name)
+        alive.append(weakref.ref(tensor))
+        gc.collect()
+        most = max(most, sum(ref() is not None for ref in alive))
+        return tensor
+
+    monkeypatch.setattr(Checkpoint, "read", counting)
+    build(family, tmp_path / "v", scope="all")
+    assert most <= 4
+
+
+def test_scope_all_leaves_out_what_did_not_change(family, tmp_path):
+    report = build(family, tmp_path / "v", scope="all")
+    assert all("self_attn" in name for name in report.manifest.tensors)
+    assert "model.embed_tokens.weight" in report.unchanged
+
+
+def test_sixteen_bit_inputs_warn_with_the_share_of_zeros(family, tmp_path):
+    """A change of 1e-5 on weights of 0.02 mostly disappears in bf16, and the report says so."""
+    aligned = models.perturbed(family.base, tmp_path / "a", scale=0.0, seed=0)
+    surrogate = models.perturbed(family.base, tmp_path / "s", scale=1e-5, seed=3, only="self_attn")
+    report = build_vector(locate(aligned), locate(surrogate), tmp_path / "v")
+    assert report.manifest.zero_share > 0.5
+    assert f"{report.manifest.zero_share:.1%}" in report.warnings[0]
+    assert "fp32" in report.warnings[0]
+
+
+def test_card_names_the_models_and_the_danger(family, tmp_path):
+    build(family, tmp_path / "v")
+    card = (tmp_path / "v" / "README.md").read_text()
+    assert "Handle it like the surrogate" in card
+    assert "aligned" in card
+    assert card.startswith("---\n")
+
+
+def test_models_that_do_not_belong_together_are_refused_with_all_faults(family, tmp_path):
+    other = models.tiny_llama(tmp_path / "other", vocabulary=512, seed=1)
+    tensors = load_file(other / "model.safetensors")
+    for layer in range(2):
+        del tensors[f"model.layers.{layer}.self_attn.q_proj.weight"]
+        tensors[f"model.layers.{layer}.self_attn.k_proj.weight"] = torch.zeros(3, 3)
+    save_file(tensors, other / "model.safetensors")
+    with pytest.raises(MismatchError, match="4 fault") as raised:
+        build_vector(locate(family.aligned), locate(other), tmp_path / "v")
+    assert "only in the aligned model" in str(raised.value)
+    assert not (tmp_path / "v").exists()
+
+
+def test_identical_and_quantised_models_are_refused(family, damaged, tmp_path):
+    with pytest.raises(MismatchError, match="identical tensors"):
+        build_vector(locate(family.aligned), locate(family.aligned), tmp_path / "v")
+    (damaged.surrogate / "config.json").write_text(
+        '{"quantization_config": {"quant_method": "gptq"}}'
+    )
+    with pytest.raises(QuantizedCheckpointError, match="gptq"):
+        build(damaged, tmp_path / "v")
+
+
+def test_a_difference_that_is_not_finite_leaves_nothing_behind(damaged, tmp_path):
+    tensors = load_file(damaged.surrogate / "model.safetensors")
+    tensors[Q][0, 0] = float("inf")
+    save_file(tensors, damaged.surrogate / "model.safetensors")
+    with pytest.raises(NonFiniteError, match="q_proj"):
+        build(damaged, tmp_path / "v")
+    assert not (tmp_path / "v").exists()
+
+
+def corrupt_one_byte(path):
+    with safe_open(path, framework="pt") as file:
+        assert Q in file.keys()  # noqa: SIM118
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+
+
+def test_one_flipped_bit_is_refused_when_the_tensor_is_read(damaged):
+    corrupt_one_byte(damaged.vector / "safety_vector.safetensors")
+    vector = SafetyVector.open(damaged.vector)  # headers are in order
+    last = max(vector.tensors)
+    with pytest.raises(SafetyVectorError, match="Its bytes changed"):
+        vector.read(last)
+    for name in vector.tensors.keys() - {last}:
+        vector.read(name)
+
+
+def test_bytes_handed_out_are_not_the_files(damaged):
+    """What was verified cannot change under the merge, even if the file does."""
+    vector = SafetyVector.open(damaged.vector)
+    delta = vector.read(Q)
+    before = delta.clone()
+    path = damaged.vector / "safety_vector.safetensors"
+    size = path.stat().st_size
+    with path.open("r+b") as file:
+        file.seek(size // 2)
+        file.write(b"\xff" * (size - size // 2))
+        file.seek(0)
+    assert torch.equal(delta, before)
+
+
+EXTRA = {"shape": [1], "dtype": "F32", "norm": 0, "digest": "blake3:" + "0" * 64}
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "message"),
+    [
+        (("format_version",), 2, "format_version"),
+        (("surprise",), 1, "surprise"),
+        (("norm",), -1.0, "norm"),
+        (("tensors", Q, "digest"), "md5:0", "digest"),
+        (("tensors", Q, "shape"), [1, 2], "in the manifest"),
+        (("tensors", Q, "dtype"), "F32", "in the manifest"),
+        (("tensors", "extra"), EXTRA, "'extra' is in no file"),
+        (("tensors",), {}, "not in the manifest"),
+    ],
+)  # fmt: skip
+def test_bad_manifest_is_refused(damaged, edit_json, keys, value, message):
+    edit_json(damaged.vector / "safety_vector.json", *keys, value=value)
+    with pytest.raises(SafetyVectorError, match=message):
+        SafetyVector.open(damaged.vector)
+
+
+def test_missing_files_are_refused(damaged):
+    (damaged.vector / "safety_vector.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="safety_vector"):
+        SafetyVector.open(damaged.vector)
+    (damaged.vector / "safety_vector.json").unlink()
+    with pytest.raises(SafetyVectorError, match="enchtable vector build"):
+        SafetyVector.open(damaged.vector)
+
+
+def test_fingerprint_follows_content_not_place(damaged, tmp_path):
+    moved = shutil.copytree(damaged.vector, tmp_path / "elsewhere")
+    assert SafetyVector.open(moved).fingerprint == SafetyVector.open(damaged.vector).fingerprint
+    manifest = moved / "safety_vector.json"
+    document = json.loads(manifest.read_text())
+    document["tensors"][Q]["digest"] = "blake3:" + "0" * 64
+    manifest.write_text(json.dumps(document))
+    assert SafetyVector.open(moved).fingerprint != SafetyVector.open(damaged.vector).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("name", "attention", "ffn"),
+    [
+        ("model.layers.3.self_attn.q_proj.weight", True, False),
+        ("model.layers.3.self_attn.q_proj.bias", True, False),
+        ("model.layers.3.self_attn.q_norm.weight", False, False),
+        ("model.layers.3.mlp.gate_proj.weight", False, True),
+        ("model.layers.3.mlp.experts.7.up_proj.weight", False, True),
+        ("model.layers.3.block_sparse_moe.gate.weight", False, True),
+        ("model.layers.3.post_attention_layernorm.weight", False, False),
+        ("transformer.h.0.attn.c_attn.weight", True, False),
+        ("model.embed_tokens.weight", False, False),
+        ("lm_head.weight", False, False),
+    ],
+)
+def test_scopes(name, attention, ffn):
+    assert in_scope(name, "attention") == attention
+    assert in_scope(name, "ffn") == ffn
+    assert in_scope(name, "attention+ffn") == (attention or ffn)
+    assert in_scope(name, "all")
+
+
+def test_narrowing():
+    assert narrows("attention", "attention+ffn")
+    assert narrows("attention", "all")
+    assert narrows("all", "all")
+    assert not narrows("all", "attention+ffn")
+    assert not narrows("ffn", "attention")
