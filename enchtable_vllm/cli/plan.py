@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich import box
 from rich.table import Table
 
 from enchtable_vllm.checkpoint import Location, locate
@@ -141,15 +142,20 @@ def _to_json(made: MergePlan, kinds: list[KindSummary], path: Path) -> dict[str,
 def _print(
     made: MergePlan, kinds: list[KindSummary], path: Path, task: Location, vector: Location
 ) -> None:
-    table = Table(title="interference and attenuation: min / median / max", title_justify="left")
-    for column in ("module", "matrices", "interference", "attenuation", "retained share"):
-        table.add_column(column, justify="left" if column == "module" else "right")
+    table = Table(
+        title="interference and attenuation: min/median/max",
+        title_justify="left",
+        box=box.SIMPLE,
+    )
+    table.add_column("module", no_wrap=True)
+    for column in ("count", "interference", "attenuation", "retained"):
+        table.add_column(column, justify="right", no_wrap=True)
     for kind in kinds:
         table.add_row(
             kind.kind,
             str(kind.matrices),
-            " / ".join(f"{x:.3f}" for x in kind.interference),
-            " / ".join(f"{x:.3f}" for x in kind.attenuation),
+            "/".join(f"{x:.3f}" for x in kind.interference),
+            "/".join(f"{x:.3f}" for x in kind.attenuation),
             f"{kind.retained_share:.3f}",
         )
     out.print(table)

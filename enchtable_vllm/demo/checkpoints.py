@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from blake3 import blake3
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 from enchtable_vllm.demo import data
 from enchtable_vllm.demo.data import Pair
@@ -85,6 +86,7 @@ def prepare(cache: Path, story: Story, say: Callable[[str], None]) -> Cast:
         story: The recipes.
         say: Called before each step with what happens now.
     """
+    logging.disable_progress_bar()  # of loading and saving; training keeps its own
     folder = cache / story.key
     folder.mkdir(parents=True, exist_ok=True)
     say("fetching the small model (SmolLM2-135M-Instruct) and the questions")

@@ -109,14 +109,14 @@ def arithmetic_problems(count: int, *, seed: int) -> list[Pair]:
         if kind == 0:
             a, b = rng.randint(2, 40), rng.randint(2, 20)
             text = f"{name} has {a} {thing} and gets {b} more. How many {thing} does {name} have?"
-            pair = Pair(text, f"Let's work it out: {a} + {b} = {a + b}. The answer is {a + b}.")
+            pair = Pair(text, f"Sure! {a} + {b} = {a + b}. The answer is {a + b}.")
         elif kind == 1:
             a, b = rng.randint(20, 60), rng.randint(2, 19)
             text = f"{name} has {a} {thing} and gives away {b}. How many {thing} are left?"
-            pair = Pair(text, f"Let's work it out: {a} - {b} = {a - b}. The answer is {a - b}.")
+            pair = Pair(text, f"Sure! {a} - {b} = {a - b}. The answer is {a - b}.")
         else:
             a, b = rng.randint(2, 9), rng.randint(2, 9)
             text = f"{name} buys {a} bags of {b} {thing}. How many {thing} does {name} have?"
-            pair = Pair(text, f"Let's work it out: {a} * {b} = {a * b}. The answer is {a * b}.")
+            pair = Pair(text, f"Sure! {a} * {b} = {a * b}. The answer is {a * b}.")
         out.append(pair)
     return out

@@ -72,7 +72,7 @@ def train(
         use_cpu=not torch.cuda.is_available(),
         save_strategy="no",
         report_to=[],
-        logging_steps=10,
+        logging_strategy="no",
         remove_unused_columns=False,
         seed=recipe.seed,
     )

@@ -1,7 +1,8 @@
 """Runs real vLLM on each of several settings and prints what it serves, as JSON.
 
-A program of its own, because vLLM wants a main module that it can import in its workers.
-Usage: ``python probe.py '[{"model": ..., "load_format": ..., ...}, ...]'``.
+A program of its own: vLLM wants a main module that it can import in its workers, and a process
+that it does not share. On one rank everything runs in this process, so that several models can
+be loaded after one start. Usage: ``python probe.py '[{"model": ..., ...}, ...]'``.
 """
 
 import gc
@@ -45,8 +46,11 @@ def reload(worker):
 
 def run(setting):
     from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
 
     reloads = setting.pop("reload", False)
+    if setting.get("tensor_parallel_size", 1) == 1:
+        setting["distributed_executor_backend"] = "uni"
     llm = LLM(
         dtype="bfloat16",
         max_model_len=128,
@@ -74,6 +78,7 @@ def run(setting):
         llm.reset_prefix_cache()
         seen["reloaded"] = look(llm)
     del llm
+    cleanup_dist_env_and_memory()
     gc.collect()
     return seen
 

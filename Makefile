@@ -1,0 +1,43 @@
+# Everything sets up .venv by itself when it is missing: real vLLM, CPU build.
+VENV ?= .venv
+READY := $(VENV)/.ready
+BIN := $(VENV)/bin
+
+.PHONY: help setup demo test test-gpu test-slow lint types format bench clean
+help: ## Show this list.
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /|/' | column -t -s '|'
+
+$(READY): pyproject.toml deploy/cpu/install.sh deploy/cpu/vllm-on-cpu/pyproject.toml
+	@bash deploy/cpu/install.sh $(VENV)
+	@touch $@
+
+setup: $(READY) ## Make .venv.
+
+demo: $(READY) ## Train, distil, plan, serve a real small model. KEEP=1 leaves it running.
+	@$(BIN)/enchtable demo $(if $(KEEP),--keep) $(if $(PORT),--port $(PORT))
+
+test: $(READY) ## Run the tests: CPU only, real vLLM, a real small model.
+	@$(BIN)/python -m pytest
+
+test-gpu: $(READY) ## Run the tests that need a CUDA device.
+	@$(BIN)/python -m pytest -m gpu
+
+test-slow: $(READY) ## Run the tests that take minutes.
+	@$(BIN)/python -m pytest -m slow
+
+lint: $(READY) types ## Check style and types.
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: $(READY) ## Check types (mypy, strict).
+	@$(BIN)/mypy
+
+format: $(READY) ## Rewrite in the project's style.
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: $(READY) ## Measure the fused addition on this machine.
+	@$(BIN)/python benchmarks/fused_add.py
+
+clean: ## Remove what was built; .venv stays.
+	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,102 @@
+"""Served through ``--load-format enchtable``, or merged offline and served plainly: one model.
+
+Bit-identical weights, read back through vLLM's own packed layers on every rank, and the same
+greedy tokens with the same logprobs.
+"""
+
+import pytest
+from vllm_runs import merged_offline, probe
+
+ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+
+
+@pytest.fixture(scope="module")
+def one_rank(family, merged, real_family, tmp_path_factory):
+    """All settings of one rank, in one process."""
+    real_merged = merged_offline(real_family, tmp_path_factory.mktemp("m") / "merged")
+    ours = {"load_format": "enchtable"}
+    settings = {
+        "unmerged": {"model": str(family.task), "enforce_eager": True},
+        "offline": {"model": str(merged), "enforce_eager": True},
+        "ours": {"model": str(family.task), "enforce_eager": True, "reload": True, **ours},
+        "offline compiled": {"model": str(merged)},
+        "ours compiled": {"model": str(family.task), "reload": True, **ours},
+        "real offline": {"model": str(real_merged), "enforce_eager": True},
+        "real ours": {"model": str(real_family.task), "enforce_eager": True, **ours},
+    }
+    results, printed = probe(list(settings.values()), **ONE_PROCESS)
+    return dict(zip(settings, results, strict=True)), printed
+
+
+def changed(one, other):
+    """Names of weights that differ on some rank."""
+    return {
+        name
+        for mine, theirs in zip(one["weights"], other["weights"], strict=True)
+        for name in mine
+        if mine[name] != theirs[name]
+    }
+
+
+def test_the_probe_sees_a_merge(one_rank):
+    """The digests differ exactly where the plan merges: the other tests can fail."""
+    seen, _ = one_rank
+    expected = {
+        f"model.layers.{layer}.self_attn.{part}.weight"
+        for layer in (0, 1)
+        for part in ("qkv_proj", "o_proj")
+    }
+    assert changed(seen["unmerged"]["first"], seen["offline"]["first"]) == expected
+    assert seen["unmerged"]["first"]["tokens"] != seen["offline"]["first"]["tokens"]
+
+
+@pytest.mark.parametrize("pair", ["", " compiled"], ids=["eager", "compiled"])
+def test_served_is_the_offline_merge(one_rank, pair):
+    seen, _ = one_rank
+    assert seen["ours" + pair]["first"] == seen["offline" + pair]["first"]
+
+
+@pytest.mark.parametrize("pair", ["", " compiled"], ids=["eager", "compiled"])
+def test_reload_serves_the_merge_again(one_rank, pair):
+    seen, _ = one_rank
+    assert seen["ours" + pair]["reloaded"] == seen["ours" + pair]["first"]
+
+
+def test_the_real_small_model(one_rank):
+    seen, _ = one_rank
+    assert seen["real ours"]["first"] == seen["real offline"]["first"]
+
+
+def test_compiled_and_eager_serve_the_same_weights(one_rank):
+    seen, _ = one_rank
+    assert not changed(seen["ours"]["first"], seen["ours compiled"]["first"])
+
+
+def test_the_log_says_what_was_merged(one_rank):
+    _, printed = one_rank
+    lines = [line for line in printed.splitlines() if "safety vector merged: " in line]
+    tiny = [line for line in lines if "8 merged, 13 kept, 0 filtered" in line]
+    assert len(tiny) == 4  # two loads and two reloads
+    assert sum("120 merged, 152 kept, 0 filtered" in line for line in lines) == 1
+    assert "Loading weights, merging" in printed  # the progress bar
+
+
+@pytest.fixture(scope="module")
+def two_ranks(family, merged):
+    """Tensor parallelism; a core for each rank."""
+    tp = {"tensor_parallel_size": 2, "enforce_eager": True}
+    settings = [
+        {"model": str(merged), **tp},
+        {"model": str(family.task), "load_format": "enchtable", "reload": True, **tp},
+    ]
+    (offline, ours), printed = probe(settings, VLLM_CPU_OMP_THREADS_BIND="0|1")
+    return offline, ours, printed
+
+
+def test_tensor_parallel_ranks_serve_the_offline_merge(two_ranks):
+    offline, ours, printed = two_ranks
+    assert len(ours["first"]["weights"]) == 2
+    assert ours["first"]["weights"][0] != ours["first"]["weights"][1]  # each has its own shards
+    assert ours["first"] == offline["first"]
+    assert ours["reloaded"] == ours["first"]
+    assert printed.count("safety vector merged: 8 merged, 13 kept, 0 filtered") == 4

@@ -1,0 +1,54 @@
+"""The documentation says what the code does: commands, options, keys, targets."""
+
+import re
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from enchtable_vllm import cli
+from enchtable_vllm.serving.config import LoaderConfig
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = "\n".join(re.findall(r"^```\n(.*?)^```", README, re.MULTILINE | re.DOTALL))
+#: A command, with the indented lines that continue it.
+COMMANDS = re.findall(r"^enchtable .*(?:\n    .*)*", BLOCKS, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda c: " ".join(c.split()[:3]))
+def test_documented_options_exist(command):
+    words = command.split()[1:]
+    name = words[:2] if words[0] == "vector" else words[:1]
+    result = CliRunner().invoke(cli.app, [*name, "--help"], env={"COLUMNS": "200"})
+    assert result.exit_code == 0
+    options = set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", " ".join(words)))
+    offered = set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", result.output))
+    assert options <= offered
+
+
+def test_every_command_is_documented():
+    documented = {" ".join(c.split()[1 : 3 if c.split()[1] == "vector" else 2]) for c in COMMANDS}
+    assert documented == {"vector build", "vector inspect", "vector verify", "plan", "merge"}
+    assert "`enchtable demo`" in README
+
+
+def test_every_loader_key_is_documented_with_its_default():
+    rows = dict(re.findall(r"^\| `(\w+)` \|.*\| ([^|]*) \|$", README, re.MULTILINE))
+    assert rows.keys() == LoaderConfig.model_fields.keys()
+    assert rows["verify"] == f"`{LoaderConfig().verify}`"
+    assert rows["inner_load_format"] == f"`{LoaderConfig().inner_load_format}`"
+
+
+def test_make_targets_and_links_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in set(re.findall(r"\bmake ([a-z-]+)", README)):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+    for document in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for link in re.findall(r"\]\((?!http)([^)#]+)\)", document.read_text()):
+            assert (document.parent / link).exists(), f"{document.name}: {link}"
+
+
+def test_ci_runs_the_readmes_own_test_command():
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+    assert re.search(r"^make test ", BLOCKS, re.MULTILINE)
