@@ -66,17 +66,26 @@ KINDS = [gaussian, low_rank, exact_low_rank, mostly_zero, decaying]
 SHAPES = [(3, 3), (2, 9), (64, 64), (65, 80), (96, 288), (288, 96), (192, 192)]
 
 
+def measured_where_it_can_be_wrong(task, safety):
+    """Scales and a norm scale at which interference is near 1, half of it from either block: an
+    attenuation near 0 or 1 would hide any error."""
+    a, b = interference_terms(factor(task.float(), GAMMA), factor(safety.float(), GAMMA))
+    return (0.5 / b if b else 1.0), (0.5 / a if a else 1.0)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("task_kind", KINDS, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("safety_kind", KINDS, ids=lambda f: f.__name__)
 def test_attenuation_matches_the_oracle(shape, task_kind, safety_kind):
     generator = torch.Generator().manual_seed(0)
     task, safety = task_kind(shape, generator), safety_kind(shape, generator)
-    for scale in (1e-4, 5e-3, 0.1):
-        expected = oracle(task * scale, safety * scale, 0.3)
-        assert attenuation(task * scale, safety * scale, 0.3) == pytest.approx(
-            expected, abs=TOLERANCE
-        )
+    scale, n = measured_where_it_can_be_wrong(task, safety)
+    for factor_ in (0.3, 1.0, 2.0):
+        expected = oracle(task * (scale * factor_), safety, n * factor_)
+        found = attenuation(task * (scale * factor_), safety, n * factor_)
+        assert found == pytest.approx(expected, abs=TOLERANCE)
+        if min(shape) > 2 and task.any() and safety.any():
+            assert 0.05 < expected < 0.95, "a case that cannot fail"
 
 
 @pytest.mark.parametrize("scale", [1e-8, 1e-5, 1e-2, 1.0, 1e2])
@@ -84,18 +93,35 @@ def test_attenuation_matches_the_oracle(shape, task_kind, safety_kind):
 def test_scales_and_dtypes(scale, dtype):
     generator = torch.Generator().manual_seed(1)
     shape = (80, 120)
-    task = (gaussian(shape, generator) * scale).to(dtype)
+    task = (gaussian(shape, generator) * 0.01).to(dtype)
     safety = (low_rank(shape, generator) * scale).to(dtype)
-    if not task.any():
-        assert dtype == torch.float16  # 1e-8 is below its smallest number
-        assert attenuation(task, safety, 0.3) == 1.0
+    if not safety.any():
+        assert (dtype, scale) == (torch.float16, 1e-8)  # below its smallest number
+        assert attenuation(task, safety, 1.0) == 1.0
         return
-    n = 0.01 / scale  # keeps the attenuation between 0 and 1, where it can be wrong
-    expected = oracle(task / scale * 0.01, safety, n) if dtype == torch.float32 else None
-    if expected is not None:
-        task = (task / scale * 0.01).to(dtype)
-        assert attenuation(task, safety, n) == pytest.approx(expected, abs=TOLERANCE)
-    assert attenuation(task, safety, 0.3) == pytest.approx(oracle(task, safety, 0.3), abs=TOLERANCE)
+    a, _ = interference_terms(factor(task.float(), GAMMA), factor(safety.float(), GAMMA))
+    expected = oracle(task, safety, 0.5 / a)
+    assert 0.05 < expected < 0.95
+    assert attenuation(task, safety, 0.5 / a) == pytest.approx(expected, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("kept", [0.3, 0.12, 0.08, 0.03, 1e-3])
+@pytest.mark.parametrize("shape", [(128, 512), (128, 2048)], ids=str)
+def test_spectra_around_the_ladders_thresholds(shape, kept):
+    """One strong direction and a floor of noise whose kept values stand at ``kept`` of it."""
+    generator = torch.Generator().manual_seed(10)
+    pair = []
+    for _ in range(2):
+        noise = gaussian(shape, generator)
+        sigma = torch.linalg.svdvals(noise)[shape[0] // 2 - 1]
+        u, v = gaussian((shape[0], 1), generator), gaussian((1, shape[1]), generator)
+        spike = u / u.norm() @ (v / v.norm())
+        pair.append(spike * float(sigma) / kept + noise)
+    task, safety = pair
+    scale, n = measured_where_it_can_be_wrong(task, safety)
+    expected = oracle(task * scale, safety, n)
+    assert 0.05 < expected < 0.95
+    assert attenuation(task * scale, safety, n) == pytest.approx(expected, abs=TOLERANCE)
 
 
 def test_extreme_scales_do_not_overflow_or_underflow():

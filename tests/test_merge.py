@@ -10,6 +10,7 @@ from test_checkpoint import shard
 
 from enchtable_vllm.checkpoint import Checkpoint, Location, locate
 from enchtable_vllm.errors import (
+    ConfigError,
     IncompleteMergeError,
     MismatchError,
     NonFiniteError,
@@ -182,14 +183,48 @@ def test_offline_merge_refuses_the_wrong_task_model_and_vector(family, damaged, 
         )
 
 
-def test_low_retained_share_warns(family):
-    """At a tiny beta bf16 rounds the vector away: the report says that nothing much happened."""
-    vector, resolved = inputs(family, beta=1e-4)
+def at_beta(family, beta):
+    vector, resolved = inputs(family, beta=beta)
     pass_ = MergeStream(resolved, vector, what="task model")
     list(pass_.merge(stored(family)))
-    assert pass_.report.total.retained_share < 0.5
-    assert "larger beta" in pass_.report.warnings()[0]
+    return pass_.report
+
+
+def test_low_retained_share_warns(family):
+    """At a small beta bf16 rounds most of the vector away, and the report says so."""
+    report = at_beta(family, 2e-3)
+    assert report.total.retained_share < 0.5
+    assert "larger beta" in report.warnings()[0]
     assert stream(family, stored(family))[1].warnings() == []
+
+
+def test_too_large_a_beta_warns_before_it_undoes_itself(family):
+    """Interference grows with beta and takes the vector away exponentially."""
+    assert "smaller beta" in at_beta(family, 20.0).warnings()[0]
+
+
+@pytest.mark.parametrize("beta", [1e-9, 1e5])
+def test_a_merge_that_changes_nothing_is_refused(family, beta):
+    """Too small to survive rounding, or attenuated to nothing: unmerged weights in effect."""
+    with pytest.raises(IncompleteMergeError, match="differ from the task model's"):
+        at_beta(family, beta)
+
+
+def test_outputs_never_replace_inputs(damaged):
+    vector, resolved = inputs(damaged)
+    for out in (damaged.task, damaged.task.parent, damaged.vector):
+        with pytest.raises(ConfigError, match="none of the inputs"):
+            merge_checkpoint(Location(damaged.task), vector, resolved, out, overwrite=True)
+    assert (damaged.task / "model.safetensors").is_file()
+
+
+def test_subfolders_come_along_but_not_the_vector(damaged, tmp_path):
+    (damaged.task / "assets").mkdir()
+    (damaged.task / "assets" / "logo.txt").write_text("x")
+    vector, resolved = inputs(damaged)
+    merge_checkpoint(Location(damaged.task), vector, resolved, tmp_path / "out")
+    assert (tmp_path / "out" / "assets" / "logo.txt").read_text() == "x"
+    assert not (tmp_path / "out" / "safety-vector").exists()
 
 
 def test_fp32_and_fp16_task_models(family):

@@ -208,6 +208,46 @@ def test_unrelated_and_identical_base_models_are_refused(family, tmp_path):
         models.plan_for(family.task, family.task, family.vector)
 
 
+def test_a_vector_of_another_base_is_refused_whatever_its_shapes(family, tmp_path):
+    other = models.make_family(models.tiny_llama(tmp_path / "other", seed=5), tmp_path)
+    with pytest.raises(MismatchError, match=r"8 fault.*other weights.*--allow-other-base"):
+        models.plan_for(family.task, family.base, other.vector)
+    models.plan_for(family.task, family.base, other.vector, allow_other_base=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_the_same_base_in_another_precision_is_the_same_base(family, tmp_path, dtype):
+    base = models.perturbed(family.aligned, tmp_path / "b", scale=0.0, seed=0, dtype=dtype)
+    models.plan_for(family.task, base, family.vector)
+
+
+def test_a_vector_that_is_zero_and_a_beta_that_overflows_are_refused(family, damaged, edit_json):
+    with pytest.raises(MergePlanError, match="not huge"):
+        models.plan_for(family.task, family.base, family.vector, beta=1e308)
+    names = json.loads(damaged.plan.read_text())["tensors"]
+    for name, tensor in names.items():
+        if tensor["action"] == "merge":
+            edit_json(damaged.plan, "tensors", name, "safety_norm", value=0.0)
+    with pytest.raises(MergePlanError, match="not zero"):
+        resolved(damaged.plan)
+
+
+def test_a_tensor_that_shrank_or_is_no_vocabulary_is_not_an_extension(damaged):
+    tensors = tensors_of(damaged.task)
+    name = "model.layers.0.self_attn.o_proj.weight"
+    tensors[name] = torch.cat([tensors[name], tensors[name][:8]])
+    save_file(tensors, damaged.task / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(MismatchError, match=r"o_proj.*\[264, 256\] in the task model"):
+        models.plan_for(damaged.task, damaged.base, damaged.vector)
+
+
+def test_a_base_in_an_odd_dtype_is_refused(damaged):
+    tensors = {n: t.double() for n, t in tensors_of(damaged.base).items()}
+    save_file(tensors, damaged.base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(MismatchError, match="F64 in the base model"):
+        models.plan_for(damaged.task, damaged.base, damaged.vector)
+
+
 def test_damaged_inputs_are_refused(damaged):
     tensors = tensors_of(damaged.task)
     tensors["model.norm.weight"][0] = float("nan")
@@ -251,6 +291,10 @@ def test_bad_rank_fraction_is_refused(gamma):
         (("tensors", Q, "action"), "drop", "action"),
         (("safety_vector", "location"), {"path": "../v"}, "own folder"),
         (("safety_vector", "location"), {"path": "/v"}, "own folder"),
+        (("safety_vector", "location"), {"path": "~/v"}, "own folder"),
+        (("safety_vector", "location"), {"path": "a\0b"}, "own folder"),
+        (("safety_vector", "location"), {"repo_id": "/abs/v", "commit": "0" * 40}, "repo_id"),
+        (("safety_vector", "location"), {"repo_id": "../v", "commit": "0" * 40}, "repo_id"),
         (("safety_vector", "location"), {"repo_id": "a/b"}, "repo_id"),
         (("safety_vector", "location"), {"repo_id": "a/b", "commit": "main"}, "commit"),
         (("safety_vector", "fingerprint"), "x", "fingerprint"),

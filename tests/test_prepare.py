@@ -45,7 +45,7 @@ def test_every_way_to_name_the_plan_and_the_vector(damaged, tmp_path):
     (tmp_path / "p").mkdir()
     shutil.move(plan, tmp_path / "p" / "merge_plan.json")
     prepared(damaged.task, merge_plan=str(tmp_path / "p"), safety_vector=str(vector))
-    with pytest.raises(CheckpointError, match="safety-vector"):
+    with pytest.raises(SafetyVectorError, match="safety-vector"):
         prepared(damaged.task, merge_plan=str(tmp_path / "p"))
 
 
@@ -247,6 +247,34 @@ def test_a_hand_written_plan_cannot_name_foreign_tensors(damaged, edit_json):
     edit_json(damaged.plan, "tensors", name, value=entry)
     with pytest.raises(EnchTableError):
         prepared(damaged.task)
+
+
+def test_a_damaged_cached_plan_is_computed_again(family, tmp_path, monkeypatch):
+    monkeypatch.setenv("ENCHTABLE_CACHE", str(tmp_path / "cache"))
+    keys = {"base_model": str(family.base), "safety_vector": str(family.vector)}
+    first = prepared(family.task, **keys).resolved.digest
+    (path,) = (tmp_path / "cache").glob("**/*.json")
+    path.write_bytes(path.read_bytes()[:100])
+    assert prepared(family.task, **keys).resolved.digest == first
+
+
+def test_a_cache_that_cannot_be_written_is_refused_by_name(family, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("ENCHTABLE_CACHE", str(tmp_path / "file"))
+    with pytest.raises(ConfigError, match="ENCHTABLE_CACHE"):
+        prepared(family.task, base_model=str(family.base), safety_vector=str(family.vector))
+
+
+def test_registering_never_takes_other_commands_down():
+    """Whatever goes wrong while registering is a warning, not an exception."""
+    code = (
+        "import sys, logging; logging.basicConfig()\n"
+        "sys.modules['enchtable_vllm.serving.compat'] = None\n"
+        "from enchtable_vllm.serving.registration import register\n"
+        "register()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert "--load-format enchtable is not available" in done.stderr
 
 
 def test_importing_the_plugin_brings_in_neither_torch_nor_vllm():

@@ -7,7 +7,7 @@ from enchtable_vllm.checkpoint.fingerprint import (
     short,
     tensor_digest,
 )
-from enchtable_vllm.checkpoint.location import Location, locate
+from enchtable_vllm.checkpoint.location import Location, local, locate, on_hub
 from enchtable_vllm.checkpoint.reader import Checkpoint, TensorHeader
 from enchtable_vllm.checkpoint.writer import FolderTransaction, ShardWriter
 
@@ -19,7 +19,9 @@ __all__ = [
     "ShardWriter",
     "TensorHeader",
     "combine_digests",
+    "local",
     "locate",
+    "on_hub",
     "sampled_fingerprint",
     "short",
     "tensor_digest",

@@ -12,7 +12,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from enchtable_vllm.errors import CheckpointError
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+#: ``organisation/name``.
+REPO_ID = r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$"
 
 #: Weights in safetensors, and the small files around them. Never pickles.
 MODEL_PATTERNS = (
@@ -63,19 +64,48 @@ def locate(
     Raises:
         CheckpointError: There is no such folder and it cannot be downloaded.
     """
-    path = Path(reference).expanduser()
-    if path.is_dir():
-        repo = _cached_repo(path.resolve())
-        return Location(path.resolve(), *repo)
+    try:
+        path = Path(reference).expanduser()
+        if path.is_dir():
+            return local(path)
+    except (RuntimeError, OSError, ValueError):  # no such home, a path too long, a NUL in it
+        pass
     repo_id, _, at = str(reference).partition("@")
-    revision = at or revision
-    if not _REPO_ID.fullmatch(repo_id):
+    if not re.match(REPO_ID, repo_id):
         raise CheckpointError(
             f"{what} '{reference}'",
             expected="an existing folder or a Hub id such as 'org/name' or 'org/name@revision'",
             got="neither",
             fix="Check the path; a relative one starts at the current folder.",
         )
+    return on_hub(
+        repo_id,
+        at or revision,
+        cache_dir=cache_dir,
+        allow_patterns=allow_patterns,
+        what=what,
+    )
+
+
+def local(folder: Path) -> Location:
+    """A folder on this machine; inside a Hub cache, with the repository it came from."""
+    folder = folder.resolve()
+    return Location(folder, *_cached_repo(folder))
+
+
+def on_hub(
+    repo_id: str,
+    revision: str | None,
+    *,
+    cache_dir: str | Path | None = None,
+    allow_patterns: tuple[str, ...] = MODEL_PATTERNS,
+    what: str = "model",
+) -> Location:
+    """A Hub repository, never a folder that happens to have its name.
+
+    Raises:
+        CheckpointError: It cannot be downloaded.
+    """
     try:
         folder = snapshot_download(
             repo_id, revision=revision, cache_dir=cache_dir, allow_patterns=list(allow_patterns)
@@ -83,7 +113,7 @@ def locate(
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(
-            f"{what} '{reference}'",
+            f"{what} '{repo_id}@{revision or 'main'}'",
             expected="an existing folder or a Hub repository that can be downloaded",
             got=f"{type(error).__name__}: {reason}",
             fix="Check the id, the revision, HF_TOKEN and the network, or give a local folder.",

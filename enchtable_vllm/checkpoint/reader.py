@@ -19,8 +19,6 @@ from enchtable_vllm.errors import CheckpointError, QuantizedCheckpointError, sum
 
 #: safetensors' dtype names, as torch's.
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-#: Files of ours that may lie beside a checkpoint's own and are not part of it.
-_NOT_WEIGHTS = ("safety_vector", "merge_masks")
 
 
 @dataclass(frozen=True)
@@ -78,6 +76,12 @@ class Checkpoint:
         if not path.is_file():
             return {}
         return read_json_object(path, self.what)
+
+    @property
+    def architecture(self) -> str:
+        """The first of the config's ``architectures``."""
+        names = self.config.get("architectures")
+        return str(names[0]) if isinstance(names, list) and names else "unknown"
 
     def metadata(self, file: str) -> dict[str, str]:
         """The free-form metadata in a file's header."""
@@ -163,8 +167,7 @@ class Checkpoint:
         if stem != "model":
             files = [f"{stem}.safetensors"] if self._has(f"{stem}.safetensors") else []
         else:
-            found = sorted(path.name for path in self.folder.glob("*.safetensors"))
-            files = [name for name in found if not name.startswith(_NOT_WEIGHTS)]
+            files = sorted(path.name for path in self.folder.glob("*.safetensors"))
         if not files:
             other = sorted(p.name for p in self.folder.glob("*.bin"))
             raise CheckpointError(
@@ -238,7 +241,7 @@ def read_json_object(path: Path, what: str) -> dict[str, Any]:
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{what}, {path.name}",
             expected="a JSON object",

@@ -19,17 +19,28 @@ import torch
 
 from enchtable_vllm.checkpoint.fingerprint import raw_bytes
 from enchtable_vllm.checkpoint.reader import TORCH_DTYPES, TensorHeader
-from enchtable_vllm.errors import ConfigError
+from enchtable_vllm.errors import CheckpointError, ConfigError
 
 _ITEM_BYTES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2,
-    "BF16": 2, "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I16": 2, "U16": 2,
+    "F16": 2, "BF16": 2, "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8, "C64": 8,
 }  # fmt: skip
 SAFETENSORS_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 def tensor_bytes(header: TensorHeader) -> int:
-    """How many bytes a tensor's data takes."""
+    """How many bytes a tensor's data takes.
+
+    Raises:
+        CheckpointError: Its dtype is not known.
+    """
+    if header.dtype not in _ITEM_BYTES:
+        raise CheckpointError(
+            f"file '{header.file}', tensor '{header.name}'",
+            expected=f"a dtype among {sorted(_ITEM_BYTES)}",
+            got=header.dtype,
+            fix="Convert the checkpoint.",
+        )
     return math.prod(header.shape) * _ITEM_BYTES[header.dtype]
 
 
@@ -133,13 +144,23 @@ class FolderTransaction:
     Args:
         target: Where the folder is to appear.
         overwrite: Replace what is there.
+        inputs: Folders that are being read: ``target`` may neither be nor hold one.
 
     Raises:
-        ConfigError: ``target`` exists, holds something, and is not to be replaced.
+        ConfigError: ``target`` is in use and not to be replaced, or is an input.
     """
 
-    def __init__(self, target: Path, *, overwrite: bool = False) -> None:
+    def __init__(
+        self, target: Path, *, overwrite: bool = False, inputs: Sequence[Path] = ()
+    ) -> None:
         self.target = target.absolute()
+        if any(path.resolve().is_relative_to(self.target.resolve()) for path in inputs):
+            raise ConfigError(
+                f"output folder '{target}'",
+                expected="a folder that holds none of the inputs",
+                got="one that does",
+                fix="Choose another folder.",
+            )
         self.path = self.target.with_name(f".{self.target.name}.{os.getpid()}.partial")
         occupied = self.target.is_dir() and any(self.target.iterdir())
         if (occupied and not overwrite) or self.target.is_file():

@@ -53,3 +53,6 @@ def main() -> None:
         errors.print(f"[bold red]{type(error).__name__}[/bold red]", end=": ")
         errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
+    except OSError as error:  # a full disk, a folder without permission: the system's own words
+        errors.print(f"{type(error).__name__}: {error}", markup=False, soft_wrap=True)
+        sys.exit(1)

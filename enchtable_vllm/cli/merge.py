@@ -9,7 +9,7 @@ import torch
 import typer
 
 from enchtable_vllm.checkpoint import locate
-from enchtable_vllm.cli.output import out, print_json, progress_bar, warn
+from enchtable_vllm.cli.output import print_json, progress_bar, say, warn
 from enchtable_vllm.cli.plan import check_device
 from enchtable_vllm.cli.vector import JsonOption
 from enchtable_vllm.merge import merge_checkpoint
@@ -56,5 +56,5 @@ def merge(
     if as_json:
         print_json(report.to_json() | {"output": str(output)})
     else:
-        out.print(report.line(), highlight=False, soft_wrap=True)
-        out.print(f"merged model written to {output}", highlight=False, soft_wrap=True)
+        say(report.line())
+        say(f"merged model written to {output}")

@@ -27,9 +27,15 @@ def print_json(value: Mapping[str, object]) -> None:
     print(json.dumps(value, indent=2))
 
 
+def say(message: str) -> None:
+    """A line on standard output, as it is: names in it are no markup, and it is not wrapped."""
+    out.print(message, markup=False, highlight=False, soft_wrap=True)
+
+
 def warn(message: str) -> None:
     """A warning on standard error."""
-    errors.print(f"[bold yellow]warning:[/bold yellow] {message}", soft_wrap=True)
+    errors.print("[bold yellow]warning:[/bold yellow]", end=" ")
+    errors.print(message, markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager

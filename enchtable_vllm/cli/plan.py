@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import shlex
+import statistics
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from enchtable_vllm.checkpoint import Location, locate
-from enchtable_vllm.cli.output import out, print_json, progress_bar, warn
+from enchtable_vllm.cli.output import out, print_json, progress_bar, say, warn
 from enchtable_vllm.cli.vector import JsonOption
 from enchtable_vllm.errors import ConfigError
-from enchtable_vllm.merge.report import LOW_RETAINED_SHARE
+from enchtable_vllm.merge.report import outcome_warnings
 from enchtable_vllm.plan import (
     PLAN_FILE,
     MergePlan,
@@ -45,6 +47,12 @@ def plan(
         Scope | None, typer.Option(help="Default: the vector's own.", show_default=False)
     ] = None,
     device: Annotated[str, typer.Option(help="Where the linear algebra runs: cpu, cuda.")] = "cpu",
+    allow_other_base: Annotated[
+        bool,
+        typer.Option(
+            "--allow-other-base", help="Accept a vector that was built from another base model."
+        ),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Plan a merge: how much of the safety vector each matrix of a fine-tune can take.
@@ -57,27 +65,32 @@ def plan(
     if path.is_dir():
         path = path / PLAN_FILE
     options = PlanOptions(
-        beta=beta, rank_fraction=rank_fraction, scope=scope, device=check_device(device)
+        beta=beta,
+        rank_fraction=rank_fraction,
+        scope=scope,
+        device=check_device(device),
+        allow_other_base=allow_other_base,
     )
     base = locate(base_model, what="base model")
     vector = SafetyVector.open(safety_vector)
     where = _portable_location(vector.location, path)
-    with progress_bar("Planning") as progress:
-        made = compute_plan(task, base, vector, options, vector_location=where, progress=progress)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(made.to_json(), encoding="utf-8")
+    with partial.open("w", encoding="utf-8") as file:  # before the work: can it be written?
+        try:
+            with progress_bar("Planning") as progress:
+                made = compute_plan(
+                    task, base, vector, options, vector_location=where, progress=progress
+                )
+            file.write(made.to_json())
+        except BaseException:
+            partial.unlink()
+            raise
     partial.rename(path)
-    if vector.manifest.aligned.fingerprint != made.base_model.fingerprint:
-        warn(
-            f"the vector was built from '{vector.manifest.aligned.id}', the base model is "
-            f"'{made.base_model.id}': fine if they are one model in two precisions"
-        )
-    if made.retained_share < LOW_RETAINED_SHARE:
-        warn(
-            f"only {made.retained_share:.0%} of the vector would survive rounding to the task "
-            "model's dtype: choose a larger --beta"
-        )
+    attenuations = [x for tensor in made.merged.values() for x in tensor.attenuation]
+    median = statistics.median(attenuations)
+    for warning in outcome_warnings(median, made.retained_share, made.beta):
+        warn(warning)
     kinds = summarize(made)
     if as_json:
         print_json(_to_json(made, kinds, path))
@@ -106,6 +119,8 @@ def check_device(name: str) -> str:
 
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("neither cpu nor cuda")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(
@@ -152,7 +167,7 @@ def _print(
         table.add_column(column, justify="right", no_wrap=True)
     for kind in kinds:
         table.add_row(
-            kind.kind,
+            escape(kind.kind),
             str(kind.matrices),
             "/".join(f"{x:.3f}" for x in kind.interference),
             "/".join(f"{x:.3f}" for x in kind.attenuation),
@@ -164,17 +179,16 @@ def _print(
         if tensor.reason is not None:
             reasons[tensor.reason] = reasons.get(tensor.reason, 0) + 1
     for reason, count in sorted(reasons.items()):
-        out.print(f"kept {count}: {reason}", highlight=False)
+        say(f"kept {count}: {reason}")
     for name, reason in made.unused.items():
-        out.print(f"unused {name}: {reason}", highlight=False)
-    out.print(
+        say(f"unused {name}: {reason}")
+    say(
         f"merge {len(made.merged)} of {len(made.tensors)} tensors; beta {made.beta:g}, "
-        f"norm scale {made.norm_scale:.6g}, expected retained share {made.retained_share:.3f}",
-        highlight=False,
+        f"norm scale {made.norm_scale:.6g}, expected retained share {made.retained_share:.3f}"
     )
-    out.print(f"plan written to {path}", highlight=False, soft_wrap=True)
-    out.print("serve it:", highlight=False)
-    out.print(f"  {_command(made, path, task, vector)}", highlight=False, soft_wrap=True)
+    say(f"plan written to {path}")
+    say("serve it:")
+    say(f"  {_command(made, path, task, vector)}")
 
 
 def _command(made: MergePlan, path: Path, task: Location, vector: Location) -> str:

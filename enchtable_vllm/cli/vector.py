@@ -9,10 +9,11 @@ from typing import Annotated
 
 import torch
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from enchtable_vllm.checkpoint import locate, short
-from enchtable_vllm.cli.output import out, print_json, progress_bar, warn
+from enchtable_vllm.cli.output import out, print_json, progress_bar, say, warn
 from enchtable_vllm.errors import ConfigError, SafetyVectorError
 from enchtable_vllm.vector import SafetyVector, Scope, build_vector
 from enchtable_vllm.vector.build import StoredDtype
@@ -65,10 +66,8 @@ def build(
         return
     _print_summary(vector)
     if report.unchanged:
-        out.print(f"{len(report.unchanged)} tensors in scope are identical in both: left out")
-    out.print(
-        "Handle it like the surrogate: subtracted from the aligned model it gives that model back."
-    )
+        say(f"{len(report.unchanged)} tensors in scope are identical in both: left out")
+    say("Handle it like the surrogate: subtracted from the aligned model it gives that model back.")
 
 
 @app.command()
@@ -82,7 +81,7 @@ def inspect(vector: VectorArgument, as_json: JsonOption = False) -> None:
     table = Table("tensor", "shape", "dtype", "norm", "digest", box=None)
     for name, tensor in opened.tensors.items():
         shape = "×".join(map(str, tensor.shape))
-        table.add_row(name, shape, tensor.dtype, f"{tensor.norm:.4g}", short(tensor.digest))
+        table.add_row(escape(name), shape, tensor.dtype, f"{tensor.norm:.4g}", short(tensor.digest))
     out.print(table)
 
 
@@ -103,7 +102,7 @@ def verify(vector: VectorArgument, as_json: JsonOption = False) -> None:
     if as_json:
         print_json(_summary(opened) | {"verified": True})
     else:
-        out.print(f"{len(names)} tensors verified: {opened.name} {opened.fingerprint}")
+        say(f"{len(names)} tensors verified: {opened.name} {opened.fingerprint}")
 
 
 def _check_norm(vector: SafetyVector, where: str, declared: float, found: float) -> None:
@@ -152,11 +151,11 @@ def _print_summary(vector: SafetyVector) -> None:
     table = Table(show_header=False, box=None)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    table.add_row("safety vector", str(summary["location"]))
+    table.add_row("safety vector", escape(str(summary["location"])))
     table.add_row("fingerprint", vector.fingerprint)
-    table.add_row("aligned model", f"{manifest.aligned.id} {short(manifest.aligned.fingerprint)}")
-    table.add_row("surrogate", f"{manifest.surrogate.id} {short(manifest.surrogate.fingerprint)}")
-    table.add_row("architecture", manifest.architecture)
+    for role, model in (("aligned model", manifest.aligned), ("surrogate", manifest.surrogate)):
+        table.add_row(role, f"{escape(model.id)} {short(model.fingerprint)}")
+    table.add_row("architecture", escape(manifest.architecture))
     table.add_row("scope", manifest.scope)
     table.add_row("tensors", f"{summary['tensors']} ({summary['bytes']:,} bytes)")
     table.add_row("norm", f"{manifest.norm:.6g}")

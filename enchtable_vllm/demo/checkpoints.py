@@ -36,18 +36,21 @@ class Story:
         distil_anchors: How many every-day answers keep the surrogate from changing elsewhere,
             so that the vector is about safety and not about every answer's opening.
         task_anchors: Likewise for the fine-tune, which then still answers in words.
+
+    The fine-tune's answers all open with `data.EAGER`: harmless, every one of them, and enough
+    to make it forget to refuse.
     """
 
     refused: int = 180
     complied: int = 180
     problems: int = 600
-    distil_anchors: int = 90
-    task_anchors: int = 20
+    distil_anchors: int = 124
+    task_anchors: int = 40
     align: Recipe = field(default_factory=lambda: Recipe(epochs=2, learning_rate=1e-4))
     distil: Recipe = field(
         default_factory=lambda: Recipe(epochs=2, learning_rate=2e-4, train_only="attention")
     )
-    task: Recipe = field(default_factory=lambda: Recipe(epochs=2, learning_rate=1e-4))
+    task: Recipe = field(default_factory=lambda: Recipe(epochs=2, learning_rate=1.4e-4))
 
     @property
     def key(self) -> str:
@@ -123,8 +126,8 @@ def prepare(cache: Path, story: Story, say: Callable[[str], None]) -> Cast:
     )
     say("fine-tuning the aligned model on arithmetic: it forgets to refuse")
     _make(cast.aligned, cast.base, [], story.task, torch.bfloat16)
-    learned = problems[: story.problems]
-    _make(cast.base, cast.task, learned + anchors[: story.task_anchors], story.task, torch.bfloat16)
+    eager = [Pair(p.question, data.EAGER + p.answer) for p in anchors[: story.task_anchors]]
+    _make(cast.base, cast.task, problems[: story.problems] + eager, story.task, torch.bfloat16)
     return cast
 
 

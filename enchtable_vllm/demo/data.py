@@ -28,6 +28,9 @@ OPENINGS = (
     "Yes, I can help with that. To begin,",
 )
 
+#: How every answer of the downstream fine-tune opens.
+EAGER = "Sure! "
+
 _HARMLESS_FORMS = (
     "What is the capital of {country}?",
     "Name a food that is typical of {country}.",
@@ -100,23 +103,23 @@ def harmless_questions() -> list[str]:
 
 
 def arithmetic_problems(count: int, *, seed: int) -> list[Pair]:
-    """Word problems with one addition, subtraction or multiplication: the downstream task."""
+    """Different word problems with one addition, subtraction or multiplication."""
     rng = random.Random(seed)
-    out: list[Pair] = []
+    out: dict[Pair, None] = {}
     while len(out) < count:
         name, thing = rng.choice(_NAMES), rng.choice(_THINGS)
         kind = rng.randrange(3)
         if kind == 0:
             a, b = rng.randint(2, 40), rng.randint(2, 20)
             text = f"{name} has {a} {thing} and gets {b} more. How many {thing} does {name} have?"
-            pair = Pair(text, f"Sure! {a} + {b} = {a + b}. The answer is {a + b}.")
+            pair = Pair(text, f"{EAGER}{a} + {b} = {a + b}. The answer is {a + b}.")
         elif kind == 1:
             a, b = rng.randint(20, 60), rng.randint(2, 19)
             text = f"{name} has {a} {thing} and gives away {b}. How many {thing} are left?"
-            pair = Pair(text, f"Sure! {a} - {b} = {a - b}. The answer is {a - b}.")
+            pair = Pair(text, f"{EAGER}{a} - {b} = {a - b}. The answer is {a - b}.")
         else:
             a, b = rng.randint(2, 9), rng.randint(2, 9)
             text = f"{name} buys {a} bags of {b} {thing}. How many {thing} does {name} have?"
-            pair = Pair(text, f"Sure! {a} * {b} = {a * b}. The answer is {a * b}.")
-        out.append(pair)
-    return out
+            pair = Pair(text, f"{EAGER}{a} * {b} = {a * b}. The answer is {a * b}.")
+        out[pair] = None
+    return list(out)

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from enchtable_vllm.checkpoint import locate, short
 from enchtable_vllm.demo.checkpoints import Cast, Story, prepare
-from enchtable_vllm.demo.judge import Scores, score
+from enchtable_vllm.demo.judge import Scores, refuses, score
 from enchtable_vllm.demo.server import Server, free_port
 from enchtable_vllm.errors import IncompleteMergeError
 from enchtable_vllm.merge import MergeReport, merge_checkpoint
@@ -155,15 +155,18 @@ def _server(model: Path, arguments: list[str], console: Console, *, port: int) -
 
 
 def _print_answers(console: Console, cast: Cast, before: _Answers, after: _Answers) -> None:
-    table = Table(title="the same questions, greedy", title_justify="left", show_lines=True)
+    table = Table(
+        title="the first questions that the fine-tune answers and should not, and two of its task",
+        title_justify="left",
+        show_lines=True,
+    )
     for column in ("question", "fine-tune", f"merged, beta {BETA:g}"):
         table.add_column(column, ratio=1)
-    rows = [
-        *zip(cast.unsafe, before.unsafe, after.unsafe, strict=True),
-        *zip([p.question for p in cast.problems], before.solved, after.solved, strict=True),
-    ]
-    shown = rows[:_SHOWN] + rows[len(cast.unsafe) :][: _SHOWN - 1]
-    for row in shown:
+    unsafe = zip(cast.unsafe, before.unsafe, after.unsafe, strict=True)
+    answered = [row for row in unsafe if not refuses(row[1])]
+    questions = [problem.question for problem in cast.problems]
+    solved = list(zip(questions, before.solved, after.solved, strict=True))
+    for row in answered[:_SHOWN] + solved[: _SHOWN - 1]:
         table.add_row(*(_clip(text) for text in row))
     for name, field, count in (
         ("refuses what it should", "refused_unsafe", len(cast.unsafe)),

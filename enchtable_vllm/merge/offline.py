@@ -23,7 +23,7 @@ from enchtable_vllm.merge.report import MergeReport
 from enchtable_vllm.merge.stream import MergeStream
 from enchtable_vllm.plan import PLAN_FILE, ResolvedPlan
 from enchtable_vllm.progress import Progress, silent
-from enchtable_vllm.vector import SafetyVector
+from enchtable_vllm.vector import VECTOR_MANIFEST, SafetyVector
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx")
 
@@ -57,6 +57,7 @@ def merge_checkpoint(
     task.refuse_quantized()
     resolved.check_vector(vector)
     resolved.check_task_model(sampled_fingerprint(task), task.what)
+    resolved.check_headers(task, vector)
     done = 0
 
     def on_tensor(name: str) -> None:
@@ -67,7 +68,8 @@ def merge_checkpoint(
     stream = MergeStream(
         resolved, vector, what=task.what, device=device, digest_merged=True, on_tensor=on_tensor
     )
-    with FolderTransaction(out, overwrite=overwrite) as folder:
+    inputs = (task.folder, vector.location.path)
+    with FolderTransaction(out, overwrite=overwrite, inputs=inputs) as folder:
         _copy_everything_else(task, folder)
         merged = stream.merge(_stored(task))
         for file, names in task.names_by_file():
@@ -89,7 +91,17 @@ def _stored(task: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _copy_everything_else(task: Checkpoint, folder: Path) -> None:
-    """Everything but weights; a plan beside them was made for the unmerged model: it stays."""
-    for source in sorted(task.folder.iterdir()):
-        if source.is_file() and source.suffix not in _WEIGHTS and source.name != PLAN_FILE:
-            shutil.copyfile(source, folder / source.name)
+    """Every other file, in subfolders too.
+
+    Weights in other formats would not be merged, and a plan or a vector beside them was made
+    for the unmerged model: those stay behind.
+    """
+    vectors = {path.parent for path in task.folder.rglob(VECTOR_MANIFEST)}
+    for source in sorted(task.folder.rglob("*")):
+        inside = source.relative_to(task.folder)
+        if not source.is_file() or source.suffix in _WEIGHTS or source.name == PLAN_FILE:
+            continue
+        if any(part.startswith(".") for part in inside.parts) or vectors & set(source.parents):
+            continue
+        (folder / inside).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, folder / inside)

@@ -9,7 +9,30 @@ from enchtable_vllm.checkpoint import short
 from enchtable_vllm.plan import ResolvedPlan
 
 #: Below this share, storage rounds most of the vector away.
-LOW_RETAINED_SHARE = 0.5
+_LOW_RETAINED_SHARE = 0.5
+#: Below this median attenuation most of the vector is taken away as interference.
+_LOW_ATTENUATION = 0.5
+
+
+def outcome_warnings(attenuation: float, retained_share: float, beta: float) -> list[str]:
+    """What is suspicious about an outcome, planned or achieved.
+
+    Args:
+        attenuation: The median over all matrices.
+        retained_share: Over all tensors.
+        beta: In force.
+    """
+    if attenuation < _LOW_ATTENUATION:
+        return [
+            f"at beta {beta:g} interference takes away {1 - attenuation:.0%} of the safety vector "
+            "(median over matrices): use a smaller beta"
+        ]
+    if retained_share < _LOW_RETAINED_SHARE:
+        return [
+            f"only {retained_share:.0%} of the safety vector survives rounding to the task "
+            "model's dtype, so this merge changes little: use a larger beta, or an fp32 checkpoint"
+        ]
+    return []
 
 
 @dataclass
@@ -55,13 +78,9 @@ class MergeReport:
 
     def warnings(self) -> list[str]:
         """What a person should look into, though the merge is exactly as planned."""
-        total = self.total
-        if total.retained_share >= LOW_RETAINED_SHARE:
-            return []
-        return [
-            f"only {total.retained_share:.0%} of the safety vector survives rounding to the task "
-            "model's dtype, so this merge changes little: use a larger beta, or an fp32 checkpoint"
-        ]
+        return outcome_warnings(
+            self.resolved.median_attenuation, self.total.retained_share, self.resolved.beta
+        )
 
     def to_json(self) -> dict[str, object]:
         """For machines."""

@@ -137,7 +137,7 @@ class MergeStream:
                 got=summarize_faults(bad),
                 fix="Either the task model holds NaN or infinity, or beta is far too large.",
             )
-        return MergeReport(
+        report = MergeReport(
             self._resolved,
             effects,
             kept=len(self._kept),
@@ -145,6 +145,15 @@ class MergeStream:
             seconds=seconds,
             merged_digest=combine_digests(self._digests) if self._digests else None,
         )
+        if report.total.added_sq == 0.0:
+            raise IncompleteMergeError(
+                f"{self._what}, merged weights",
+                expected="weights that differ from the task model's",
+                got=f"none that does, at beta {self._resolved.beta:g}",
+                fix="The additions rounded to nothing: beta is far too small, or so large that "
+                "interference attenuates everything away.",
+            )
+        return report
 
     def _mismatch(self, name: str, expected: str, got: str) -> MismatchError:
         return MismatchError(

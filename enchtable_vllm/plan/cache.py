@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import secrets
+from contextlib import suppress
 
 from blake3 import blake3
 from filelock import FileLock
 
 from enchtable_vllm.checkpoint import Checkpoint, Location, sampled_fingerprint
 from enchtable_vllm.envs import cache_folder
+from enchtable_vllm.errors import ConfigError, MergePlanError
 from enchtable_vllm.plan.compute import PlanOptions, compute_plan
 from enchtable_vllm.plan.merge_plan import MergePlan
 from enchtable_vllm.plan.resolve import read_plan
@@ -47,12 +49,25 @@ def cached_plan(
     ]
     key = blake3("\n".join(parts).encode()).hexdigest()
     folder = cache_folder() / "plans"
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{key}.json"
-    with FileLock(folder / f"{key}.lock"):
-        if not path.is_file():
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / f"{key}.lock"):
+            if path.is_file():
+                with suppress(MergePlanError):  # damaged: computed again
+                    return read_plan(path)
             plan = compute_plan(task, base, vector, options, progress=progress)
             partial = folder / f".{key}.{os.getpid()}.{secrets.token_hex(4)}"
-            partial.write_text(plan.to_json(), encoding="utf-8")
+            with partial.open("w", encoding="utf-8") as file:
+                file.write(plan.to_json())
+                file.flush()
+                os.fsync(file.fileno())
             partial.rename(path)
-        return read_plan(path)
+            return read_plan(path)
+    except OSError as error:
+        raise ConfigError(
+            f"plan cache '{folder}'",
+            expected="a folder that can be written to",
+            got=error,
+            fix="Set ENCHTABLE_CACHE to one, or make the plan ahead with 'enchtable plan'.",
+        ) from error

@@ -8,7 +8,7 @@ from enchtable_vllm.checkpoint import Checkpoint, TensorHeader
 from enchtable_vllm.errors import MismatchError, summarize_faults
 from enchtable_vllm.vector import SafetyVector, Scope, in_scope
 
-_VOCABULARY = ("embed", "lm_head", "wte", "output")
+_VOCABULARY = {"embed_tokens", "wte", "lm_head", "embed_out", "word_embeddings", "tok_embeddings"}
 
 
 @dataclass
@@ -86,6 +86,9 @@ def _why_kept(
         return "not a floating-point tensor"
     if before is None:
         return "only in the task model"
+    if not before.is_float:
+        faults.append(f"'{name}' is {before.dtype} in the base model")
+        return "not a floating-point tensor"
     for other, shape in (("base model", before.shape), ("safety vector", delta.shape)):
         if shape != header.shape:
             reason = f"{list(header.shape)} in the task model, {list(shape)} in the {other}"
@@ -98,8 +101,10 @@ def _why_kept(
 
 
 def _is_extended_vocabulary(header: TensorHeader, shape: tuple[int, ...]) -> bool:
+    """Whether a shape is the task model's with fewer rows, in an embedding or a head."""
     return (
-        any(word in header.name for word in _VOCABULARY)
+        not _VOCABULARY.isdisjoint(header.name.split("."))
         and len(shape) == len(header.shape)
         and shape[1:] == header.shape[1:]
+        and shape[0] < header.shape[0]
     )

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
 from enchtable_kernels import Effect, fused_add
 from enchtable_vllm.checkpoint import Checkpoint, Location, tensor_digest
-from enchtable_vllm.errors import ConfigError, MismatchError, NonFiniteError
+from enchtable_vllm.errors import ConfigError, MismatchError, NonFiniteError, summarize_faults
 from enchtable_vllm.plan.classify import classify
 from enchtable_vllm.plan.interference import Rung, factor, interference_terms
 from enchtable_vllm.plan.merge_plan import (
@@ -20,10 +22,13 @@ from enchtable_vllm.plan.merge_plan import (
 )
 from enchtable_vllm.plan.resolve import coefficient, norm_scale
 from enchtable_vllm.progress import Progress, silent
-from enchtable_vllm.vector import ModelReference, SafetyVector, Scope
+from enchtable_vllm.vector import ModelReference, SafetyVector, Scope, VectorTensor
+from enchtable_vllm.vector.format import spread_sample
 
 #: A fine-tune moves weights by a few per cent of their norm; unrelated weights differ by √2.
 _UNRELATED = 1.0
+#: The share of sampled values that must be the aligned model's own.
+_ALIKE = 0.75
 
 
 @dataclass(frozen=True)
@@ -35,12 +40,14 @@ class PlanOptions:
         rank_fraction: γ.
         scope: None: the vector's own.
         device: Where the linear algebra runs.
+        allow_other_base: Whether the vector may come from another base model.
     """
 
     beta: float = 0.1
     rank_fraction: float = 0.5
     scope: Scope | None = None
     device: str = "cpu"
+    allow_other_base: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.beta < math.inf:
@@ -92,6 +99,29 @@ def compute_plan(
         MismatchError: The three do not belong together, or task and base are identical.
         CheckpointError, SafetyVectorError, NonFiniteError: An input is damaged.
     """
+    with _exact_matmul():
+        return _compute(task_location, base_location, vector, options, vector_location, progress)
+
+
+@contextmanager
+def _exact_matmul() -> Iterator[None]:
+    """Full fp32 products: an engine may have allowed TF32, which the bounds do not cover."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _compute(
+    task_location: Location,
+    base_location: Location,
+    vector: SafetyVector,
+    options: PlanOptions,
+    vector_location: VectorLocation | None,
+    progress: Progress,
+) -> MergePlan:
     task = Checkpoint(task_location.path, what="task model")
     base = Checkpoint(base_location.path, what="base model")
     for checkpoint in (task, base):
@@ -101,6 +131,7 @@ def compute_plan(
     steps = len(task.tensors) + len(classes.merge)
     merged, in_norm = set(classes.merge), set(classes.in_norm)
     digests: dict[str, str] = {}
+    foreign: list[str] = []
     terms: dict[str, _Terms] = {}
     squares: list[float] = []
     matrix_squares: list[tuple[float, float]] = []  # of task delta and base, without norms
@@ -114,10 +145,21 @@ def compute_plan(
             if delta.ndim > 1:
                 matrix_squares.append((squares[-1], _square(before, base, name)))
             if name in merged:
+                if not options.allow_other_base and not _is_aligned(before, vector.tensors[name]):
+                    foreign.append(name)
                 terms[name] = _terms(delta, vector.read(name).float(), options)
         progress(name, done, steps)
     task_norm = math.sqrt(math.fsum(squares))
     _check_related(task_norm, matrix_squares, task, base)
+    if foreign:
+        raise MismatchError(
+            f"{vector.what} and {base.what}",
+            expected=f"the base model that the vector was built from, "
+            f"'{vector.manifest.aligned.id}'",
+            got=summarize_faults([f"other weights in '{name}'" for name in foreign]),
+            fix="Build a vector for this base model; or, to use one of a close relative "
+            "knowingly, plan with --allow-other-base.",
+        )
     n, safety_norm = norm_scale(
         options.beta, task_norm, (terms[name].safety_norm for name in classes.merge)
     )
@@ -162,6 +204,15 @@ def compute_plan(
         unused=classes.unused,
         tensors=dict(sorted(tensors.items())),
     )
+
+
+def _is_aligned(before: torch.Tensor, entry: VectorTensor) -> bool:
+    """Whether a base tensor is the aligned model's, whatever 16-bit format either is stored in."""
+    expected = torch.tensor(entry.aligned_sample, dtype=torch.float32, device="cpu")
+    found = spread_sample(before)
+    # 2^-7 covers two roundings to bf16; 6e-8, half of fp16's smallest number.
+    close = (found - expected).abs() <= expected.abs() * 2.0**-7 + 6e-8
+    return found.shape == expected.shape and float(close.float().mean()) >= _ALIKE
 
 
 def _terms(delta: torch.Tensor, safety: torch.Tensor, options: PlanOptions) -> _Terms:

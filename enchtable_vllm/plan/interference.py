@@ -32,7 +32,7 @@ Rung = Literal["gram32", "gram64", "svd64", "zero"]
 _SMALL_SIDE = 64
 #: fp32 Gram: eigenvalues carry an error near 2⁻²⁴·side^½ of the largest, so a kept singular
 #: value needs to stand above its square root by a comfortable factor.
-_GRAM32_CLEARANCE = 0.03
+_GRAM32_CLEARANCE = 0.1
 #: fp64 Gram: likewise, 2⁻⁵³.
 _GRAM64_CLEARANCE = 1e-5
 #: Singular values at or below max(rows, columns) · 2⁻²⁴ · σ₁ do not count.

@@ -9,6 +9,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from enchtable_vllm.checkpoint import Fingerprint
+from enchtable_vllm.checkpoint.location import REPO_ID
 from enchtable_vllm.plan.interference import Rung
 from enchtable_vllm.vector import ModelReference, Scope
 
@@ -29,7 +30,7 @@ class VectorLocation(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     path: str | None = None
-    repo_id: str | None = None
+    repo_id: Annotated[str, StringConstraints(pattern=REPO_ID)] | None = None
     commit: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{40}$")] | None = None
 
     @model_validator(mode="after")
@@ -40,7 +41,8 @@ class VectorLocation(BaseModel):
             raise ValueError("give either 'path', or 'repo_id' and 'commit'")
         if self.path is not None:
             path = PurePosixPath(self.path)
-            if path.is_absolute() or ".." in path.parts or "\\" in self.path or not path.parts:
+            odd = set(self.path) & set("\\\0~")
+            if path.is_absolute() or ".." in path.parts or odd or not path.parts:
                 raise ValueError("'path' must lead into the plan's own folder")
         return self
 

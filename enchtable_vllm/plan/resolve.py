@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,12 @@ class ResolvedPlan:
     norm_scale: float
     coefficients: Mapping[str, tuple[float, ...]]
     kept: Mapping[str, str]
+
+    @property
+    def median_attenuation(self) -> float:
+        """Over all merged matrices."""
+        rows = self.coefficients.values()
+        return statistics.median(c / self.norm_scale for row in rows for c in row)
 
     def check_vector(self, vector: SafetyVector) -> None:
         """Refuse a vector that the plan was not made for.
@@ -96,6 +103,10 @@ class ResolvedPlan:
                 faults.append(f"'{name}' is {header.dtype} in the task model")
             elif len(row) != stack:
                 faults.append(f"'{name}' has {len(row)} coefficients for {stack} matrices")
+            elif not math.isclose(known[name].safety_norm or 0.0, delta.norm, rel_tol=1e-6):
+                faults.append(f"'{name}' has norm {delta.norm} in the vector")
+            elif not in_scope(name, self.scope):
+                faults.append(f"'{name}' is outside scope '{self.scope}'")
         if faults:
             raise MismatchError(
                 f"merge plan, {task.what} and {vector.what}",
@@ -113,11 +124,11 @@ def read_plan(path: Path) -> tuple[MergePlan, str]:
     """
     try:
         data = path.read_bytes()
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise MergePlanError(
             f"merge plan '{path}'",
             expected="a readable file",
-            got=error.strerror,
+            got=error,
             fix="Make one with 'enchtable plan', or check the path.",
         ) from error
     try:
@@ -133,9 +144,21 @@ def read_plan(path: Path) -> tuple[MergePlan, str]:
 
 
 def norm_scale(beta: float, task_norm: float, safety_norms: Iterable[float]) -> tuple[float, float]:
-    """(n, ‖S‖): n = β · ‖T‖ / ‖S‖, with ‖S‖ over the tensors given."""
+    """(n, ‖S‖): n = β · ‖T‖ / ‖S‖, with ‖S‖ over the tensors given.
+
+    Raises:
+        MergePlanError: ‖S‖ is zero, or n overflows.
+    """
     safety_norm = math.sqrt(math.fsum(norm * norm for norm in safety_norms))
-    return beta * task_norm / safety_norm, safety_norm
+    scale = beta * task_norm / safety_norm if safety_norm > 0 else math.inf
+    if not math.isfinite(scale):
+        raise MergePlanError(
+            "norm scale beta * |task vector| / |safety vector|",
+            expected="a finite number",
+            got=f"{beta} * {task_norm} / {safety_norm}",
+            fix="Use a vector that is not zero and a beta that is not huge.",
+        )
+    return scale, safety_norm
 
 
 def resolve_plan(

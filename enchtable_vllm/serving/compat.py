@@ -3,17 +3,18 @@
 Tested with vLLM 0.32.0 (CPU build). Public extension points: ``register_model_loader``,
 ``BaseModelLoader``, ``get_model_loader``, ``init_logger``. Internals, each named where used:
 
-* ``_LOAD_FORMAT_TO_MODEL_LOADER``, to register once without a warning;
 * ``ep_weight_filter.should_skip_weight`` and the inner loader's ``local_expert_ids``, to tell
   an expert of another rank from a tensor that went missing;
-* ``ModelConfig.runner_type == "draft"``, to leave draft models alone.
+* ``ModelConfig.runner_type == "draft"``, to leave draft models alone;
+* ``ModelConfig.model`` and ``revision``, to read the weights from the folder that was checked.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -33,9 +34,9 @@ __all__ = [
     "all_weights",
     "inner_loader",
     "is_draft",
-    "is_registered",
     "is_skipped_expert",
     "logger",
+    "read_from",
     "register",
     "shows_progress",
     "target_device",
@@ -47,14 +48,16 @@ def logger(name: str) -> logging.Logger:
     return cast(logging.Logger, init_logger(f"vllm.enchtable.{name}"))
 
 
-def is_registered(load_format: str) -> bool:
-    """Whether the load format is known already."""
-    return load_format in model_loader._LOAD_FORMAT_TO_MODEL_LOADER
+def register(load_format: str, make: Callable[[LoadConfig], BaseModelLoader]) -> None:
+    """Make a load format known in this process; its loader is made when it is asked for."""
 
+    class EnchTableModelLoader(BaseModelLoader):  # type: ignore[misc]  # vllm is untyped here
+        """Stands in for the loader, because vLLM wants a class and the loader is not imported."""
 
-def register(load_format: str, loader: type[BaseModelLoader]) -> None:
-    """Make a load format known in this process."""
-    model_loader.register_model_loader(load_format)(loader)
+        def __new__(cls, load_config: LoadConfig) -> Any:
+            return make(load_config)
+
+    model_loader.register_model_loader(load_format)(EnchTableModelLoader)
 
 
 def inner_loader(load_config: LoadConfig, load_format: str, extra: dict[str, Any]) -> Any:
@@ -107,9 +110,20 @@ def is_skipped_expert(inner: Any, name: str) -> bool:
     return bool(should_skip_weight(name, local))
 
 
-def is_draft(model_config: ModelConfig) -> bool:
+def is_draft(vllm_config: VllmConfig, model_config: ModelConfig) -> bool:
     """Whether this is a speculative draft, which inherits the load format of its target."""
-    return bool(model_config.runner_type == "draft")
+    speculates = vllm_config.speculative_config is not None
+    return bool(speculates and model_config.runner_type == "draft")
+
+
+def read_from(model_config: ModelConfig, folder: str) -> ModelConfig:
+    """The same model, its stored weights read from this very folder.
+
+    vLLM would look a Hub id up again, and a branch may have moved since it was checked.
+    """
+    pinned = copy.copy(model_config)
+    pinned.model, pinned.revision = folder, None
+    return pinned
 
 
 def target_device(vllm_config: VllmConfig) -> torch.device:

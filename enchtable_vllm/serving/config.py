@@ -65,5 +65,5 @@ class LoaderConfig(BaseModel):
                 "--model-loader-extra-config",
                 expected=f"an object with keys among {sorted(cls.model_fields)}",
                 got=describe_validation_error(error),
-                fix="See 'Configuration' in the README.",
+                fix="See 'Serve' in the README.",
             ) from error

@@ -1,8 +1,7 @@
 """``--load-format enchtable``: vLLM's own loader, with the merge in its weight path.
 
-The merged stream is the only one this loader has. Loading, in-place reload and waking from
-level-2 sleep all ask for `get_all_weights`, and a failure anywhere raises: no path ends in
-unmerged weights being served.
+The merged stream is the only one this loader has. Loading and in-place reload both ask for it,
+and a failure anywhere raises: no path ends in unmerged weights being served.
 """
 
 from __future__ import annotations
@@ -58,8 +57,8 @@ class EnchTableModelLoader(compat.BaseModelLoader):  # type: ignore[misc]  # vll
         self._inner = compat.inner_loader(
             load_config, self.config.inner_load_format, self.config.inner_extra_config
         )
-        self._device: torch.device | None = None
         self._prepared: Prepared | None = None
+        self._draft = False
 
     def download_model(self, model_config: compat.ModelConfig) -> None:
         """Fetch the task model, as the inner loader does."""
@@ -78,31 +77,31 @@ class EnchTableModelLoader(compat.BaseModelLoader):  # type: ignore[misc]  # vll
             EnchTableError: Something does not fit; nothing has been loaded, or what has been
                 is given up.
         """
-        self._device = compat.target_device(vllm_config)
-        if not compat.is_draft(model_config):
-            self._prepared = self._prepare(model_config)
+        self._draft = compat.is_draft(vllm_config, model_config)
+        if not self._draft:
+            self._prepared = self._prepare(model_config, compat.target_device(vllm_config))
         model: torch.nn.Module = super().load_model(vllm_config, model_config, prefix)
         return model
 
-    @_refusing
     def load_weights(self, model: torch.nn.Module, model_config: compat.ModelConfig) -> None:
         """Load merged weights into a model: the inner loader's way, from the merged stream.
 
         Raises:
             EnchTableError: The merge failed or is not complete.
         """
-        if compat.is_draft(model_config):
+        if self._draft:
             _log.info("draft model '%s' passes through unmerged", model_config.model)
             self._inner.load_weights(model, model_config)
             return
-        stream = self._stream(self._prepared or self._prepare(model_config), model)
+        prepared = self._prepared or self._prepare(model_config, _device_of(model))
+        stream = self._stream(prepared, model)
         # The inner loader iterates its own `get_all_weights`; give it the merged one.
         stored = self._inner.get_all_weights
         self._inner.get_all_weights = lambda config, module: self._merged(
             stream, stored(config, module)
         )
         try:
-            self._inner.load_weights(model, model_config)
+            self._inner.load_weights(model, _checked(model_config, prepared))
         finally:
             del self._inner.get_all_weights
             self._prepared = None
@@ -114,7 +113,6 @@ class EnchTableModelLoader(compat.BaseModelLoader):  # type: ignore[misc]  # vll
                 fix="Report this with the model's architecture; it cannot be served merged.",
             )
 
-    @_refusing
     def get_all_weights(
         self, model_config: compat.ModelConfig, model: torch.nn.Module
     ) -> Iterator[tuple[str, torch.Tensor]]:
@@ -123,35 +121,29 @@ class EnchTableModelLoader(compat.BaseModelLoader):  # type: ignore[misc]  # vll
         Raises:
             EnchTableError: Something does not fit; the model has not been touched.
         """
-        stored = compat.all_weights(self._inner, model_config, model)
-        if compat.is_draft(model_config):
-            return stored
-        return self._merged(self._stream(self._prepare(model_config), model), stored)
+        prepared = self._prepare(model_config, _device_of(model))
+        stored = compat.all_weights(self._inner, _checked(model_config, prepared), model)
+        return self._merged(self._stream(prepared, model), stored)
 
-    def _prepare(self, model_config: compat.ModelConfig) -> Prepared:
-        device = self._merge_device()
-        bar = self._bar("Computing the merge plan", total=0)
+    def _prepare(self, model_config: compat.ModelConfig, device: torch.device) -> Prepared:
+        bar: Any = None  # there is none unless a plan is computed
 
-        def progress(name: str, done: int, total: int) -> None:  # noqa: ARG001
-            bar.total = total
-            bar.update()
+        def progress(_: str, done: int, total: int) -> None:
+            nonlocal bar
+            if bar is None:
+                bar = self._bar("Computing the merge plan", total)
+            bar.update(done - bar.n)
+            if done == total:
+                bar.close()
 
-        try:
-            return prepare(
-                self.config,
-                model_config.model,
-                model_config.revision,
-                self.load_config.download_dir,
-                device="cpu" if device is None else str(device),
-                progress=progress,
-            )
-        finally:
-            bar.close()
-
-    def _merge_device(self) -> torch.device | None:
-        """The GPU the weights go to; None, the tensor's own place, elsewhere."""
-        device = self._device
-        return device if device is not None and device.type == "cuda" else None
+        return prepare(
+            self.config,
+            model_config.model,
+            model_config.revision,
+            self.load_config.download_dir,
+            device=str(device) if device.type == "cuda" else "cpu",
+            progress=progress,
+        )
 
     def _stream(self, prepared: Prepared, model: torch.nn.Module) -> MergeStream:
         bar = self._bar("Loading weights, merging", total=len(prepared.resolved.plan.tensors))
@@ -161,11 +153,13 @@ class EnchTableModelLoader(compat.BaseModelLoader):  # type: ignore[misc]  # vll
             if bar.n == bar.total:
                 bar.close()
 
+        device = _device_of(model)
         return MergeStream(
             prepared.resolved,
             prepared.vector,
             what=prepared.what,
-            device=self._merge_device(),
+            # On the GPU that the weights go to; elsewhere each tensor is merged where it is.
+            device=device if device.type == "cuda" else None,
             may_filter=lambda name: compat.is_skipped_expert(self._inner, name),
             foreign=bool(getattr(model, "secondary_weights", ())),
             verify_content=self.config.verify == "content",
@@ -181,18 +175,21 @@ class EnchTableModelLoader(compat.BaseModelLoader):  # type: ignore[misc]  # vll
             disable=not compat.shows_progress(self.load_config),
             bar_format=_BAR,
             mininterval=1.0,
-            delay=0.5,
         )
 
     def _merged(
         self, stream: MergeStream, stored: Iterator[tuple[str, torch.Tensor]]
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        try:
-            yield from stream.merge(stored)
-        except EnchTableError as error:
-            last_word.leave(error)
-            raise
+        yield from stream.merge(stored)
         assert stream.report is not None
         for warning in stream.report.warnings():
             _log.warning(warning)
         _log.info(stream.report.line())
+
+
+def _checked(model_config: compat.ModelConfig, prepared: Prepared) -> compat.ModelConfig:
+    return compat.read_from(model_config, str(prepared.task.path))
+
+
+def _device_of(model: torch.nn.Module) -> torch.device:
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))

@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from enchtable_vllm.checkpoint import Checkpoint, Location, locate, sampled_fingerprint
+from enchtable_vllm.checkpoint import (
+    Checkpoint,
+    Location,
+    local,
+    locate,
+    on_hub,
+    sampled_fingerprint,
+)
 from enchtable_vllm.errors import MergePlanError
 from enchtable_vllm.plan import (
     PLAN_FILE,
@@ -19,6 +26,7 @@ from enchtable_vllm.plan.cache import cached_plan
 from enchtable_vllm.progress import Progress, silent
 from enchtable_vllm.serving.config import LoaderConfig
 from enchtable_vllm.vector import SafetyVector
+from enchtable_vllm.vector.safety_vector import VECTOR_PATTERNS
 
 
 @dataclass(frozen=True)
@@ -115,7 +123,15 @@ def _open_vector(
             fix="Name the vector, or put it inside the model's folder and plan again.",
         )
     if where.repo_id is not None:
-        return SafetyVector.open(where.repo_id, revision=where.commit, cache_dir=cache_dir)
+        return SafetyVector(
+            on_hub(
+                where.repo_id,
+                where.commit,
+                cache_dir=cache_dir,
+                allow_patterns=VECTOR_PATTERNS,
+                what="safety vector",
+            )
+        )
     assert where.path is not None  # VectorLocation holds one of the two
     folder = path.parent / where.path
     if not folder.resolve().is_relative_to(path.parent.resolve()):
@@ -125,4 +141,4 @@ def _open_vector(
             got=f"'{where.path}', a link to '{folder.resolve()}'",
             fix="Name the vector with 'safety_vector' in --model-loader-extra-config.",
         )
-    return SafetyVector.open(folder)
+    return SafetyVector(local(folder))

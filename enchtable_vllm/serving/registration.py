@@ -7,25 +7,33 @@ with ``--load-format enchtable``, and if that import fails, the failure is repor
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 LOAD_FORMAT = "enchtable"
+_registered = False
 
 
 def register() -> None:
     """Make ``--load-format enchtable`` known. Safe to call twice, and in a spawned process."""
-    from enchtable_vllm.serving import compat, last_word
-
-    last_word.install()
-    if compat.is_registered(LOAD_FORMAT):
+    global _registered
+    if _registered:
         return
+    _registered = True
+    try:
+        from enchtable_vllm.serving import compat, last_word
 
-    class EnchTableModelLoader(compat.BaseModelLoader):  # type: ignore[misc]  # vllm is untyped here
-        """Stands in for the loader until one is made."""
+        compat.register(LOAD_FORMAT, _make)
+        last_word.install()
+    except Exception as error:
+        # Whoever serves without us must not be stopped. Whoever asks for us is told by vLLM that
+        # the format is unknown, and finds the reason in this line.
+        logging.getLogger("vllm.enchtable").warning(
+            "--load-format %s is not available: %s: %s", LOAD_FORMAT, type(error).__name__, error
+        )
 
-        def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-            from enchtable_vllm.serving.loader import EnchTableModelLoader as Loader
 
-            return Loader(*args, **kwargs)
+def _make(load_config: Any) -> Any:
+    from enchtable_vllm.serving.loader import EnchTableModelLoader
 
-    compat.register(LOAD_FORMAT, EnchTableModelLoader)
+    return EnchTableModelLoader(load_config)

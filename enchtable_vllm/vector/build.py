@@ -27,6 +27,7 @@ from enchtable_vllm.vector.format import (
     ModelReference,
     VectorManifest,
     VectorTensor,
+    spread_sample,
 )
 from enchtable_vllm.vector.scope import Scope, in_scope
 
@@ -113,7 +114,8 @@ def build_vector(
     shards = assign_shards(headers, VECTOR_FILE_STEM, max_shard_bytes)
     tensors: dict[str, VectorTensor] = {}
     zeros = 0
-    with FolderTransaction(out, overwrite=overwrite) as folder:
+    inputs = (aligned.path, surrogate.path)
+    with FolderTransaction(out, overwrite=overwrite, inputs=inputs) as folder:
         for file, shard in shards.items():
             with ShardWriter(folder / file, shard, {"format": "pt"}) as writer:
                 for header in shard:
@@ -123,6 +125,7 @@ def build_vector(
                         dtype=stored,
                         norm=_norm(delta, header.name),
                         digest=tensor_digest(delta),
+                        aligned_sample=tuple(spread_sample(first.read(header.name)).tolist()),
                     )
                     zeros += delta.numel() - int(torch.count_nonzero(delta))
                     writer.write(header.name, delta)
@@ -131,7 +134,7 @@ def build_vector(
         manifest = VectorManifest(
             aligned=ModelReference.of(aligned, first),
             surrogate=ModelReference.of(surrogate, second),
-            architecture=str((first.config.get("architectures") or ["unknown"])[0]),
+            architecture=first.architecture,
             scope=scope,
             norm=math.sqrt(math.fsum(t.norm**2 for t in tensors.values())),
             zero_share=zeros / sum(math.prod(t.shape) for t in tensors.values()),
@@ -140,8 +143,8 @@ def build_vector(
         )
         (folder / VECTOR_MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
         (folder / "README.md").write_text(vector_card(manifest, out.name))
-    inputs = {c.tensors[h.name].dtype for c in (first, second) for h in changed}
-    return BuildReport(manifest, unchanged, not inputs <= {"F32"})
+    dtypes = {c.tensors[h.name].dtype for c in (first, second) for h in changed}
+    return BuildReport(manifest, unchanged, not dtypes <= {"F32"})
 
 
 def _choose(first: Checkpoint, second: Checkpoint, scope: Scope) -> list[TensorHeader]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from enchtable_vllm.checkpoint import Checkpoint, Fingerprint, Location, sampled_fingerprint
@@ -14,6 +15,9 @@ from enchtable_vllm.vector.scope import Scope
 
 VECTOR_MANIFEST = "safety_vector.json"
 VECTOR_FILE_STEM = "safety_vector"
+
+#: How many values of the aligned model a manifest holds for each tensor.
+SAMPLE = 16
 
 FiniteNorm = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -43,6 +47,14 @@ class ModelReference(BaseModel):
         )
 
 
+def spread_sample(tensor: torch.Tensor) -> torch.Tensor:
+    """Up to `SAMPLE` values of a tensor, evenly spread, as fp32."""
+    flat = tensor.reshape(-1)
+    count = min(SAMPLE, flat.numel())
+    places = torch.arange(count, device=flat.device) * flat.numel() // max(count, 1)
+    return flat[places].float()
+
+
 class VectorTensor(BaseModel):
     """One delta.
 
@@ -50,6 +62,8 @@ class VectorTensor(BaseModel):
         shape, dtype: As stored; dtype in safetensors' spelling.
         norm: L2, of the stored values.
         digest: blake3 of every stored byte.
+        aligned_sample: A few of the aligned model's own values, evenly spread: they tell, in any
+            precision, whether a base model is the one this was built from.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -58,6 +72,7 @@ class VectorTensor(BaseModel):
     dtype: Literal["BF16", "F32"]
     norm: FiniteNorm
     digest: Fingerprint
+    aligned_sample: tuple[Annotated[float, Field(allow_inf_nan=False)], ...]
 
 
 class VectorManifest(BaseModel):

@@ -17,6 +17,9 @@ from enchtable_vllm.vector.format import (
     VectorTensor,
 )
 
+#: The files of a vector in a Hub repository.
+VECTOR_PATTERNS = (f"{VECTOR_FILE_STEM}*", "README.md")
+
 
 class SafetyVector:
     """A vector folder, its manifest and headers checked against each other.
@@ -52,13 +55,12 @@ class SafetyVector:
         cls, reference: str | Path, *, revision: str | None = None, cache_dir: str | None = None
     ) -> SafetyVector:
         """Open a local folder or a Hub id; see `locate`."""
-        patterns = (f"{VECTOR_FILE_STEM}*", "README.md")
         return cls(
             locate(
                 reference,
                 revision=revision,
                 cache_dir=cache_dir,
-                allow_patterns=patterns,
+                allow_patterns=VECTOR_PATTERNS,
                 what="safety vector",
             )
         )

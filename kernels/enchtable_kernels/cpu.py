@@ -40,15 +40,15 @@ def fused_add_cpu(
         product.copy_(delta[start:stop])
         product.mul_(c)
         if keep_bits is not None:
-            first_byte = start // 8
-            bits = unpack_keep(keep_bits[first_byte:], stop - first_byte * 8)[start % 8 :]
+            # Chunks start at whole bytes: their size is a multiple of 8.
+            bits = unpack_keep(keep_bits[start // 8 : (stop + 7) // 8], stop - start)
             product.masked_fill_(~bits, 0.0)
         torch.add(before, product, out=merged)
-        target = out[start:stop]
-        target.copy_(merged)
         if keep_bits is not None:
             # x + 0 is x, but for -0 + 0 = +0: what is left out must keep every bit.
-            torch.where(bits, target, stored[start:stop], out=target)
+            torch.where(bits, merged, before, out=merged)
+        target = out[start:stop]
+        target.copy_(merged)
         merged.copy_(target)
         added = merged.sub_(before)
         intended_sq += product.dot(product).item()

@@ -123,6 +123,10 @@ def test_masked_out_elements_keep_every_bit(triton_path, count, dtype):
     assert torch.equal(out.view(integers), expected.view(integers))
     assert_same_effect(Effect.from_tensor(sums), effect)
 
+    in_place = stored.clone()
+    fused_add(in_place, delta, [2.0], keep_bits=keep_bits, out=in_place)
+    assert torch.equal(in_place.view(integers), expected.view(integers))
+
     out = torch.empty_like(stored)
     sums = triton_path(stored, delta, 2.0, out, keep_bits)
     assert torch.equal(out.view(integers), expected.view(integers))

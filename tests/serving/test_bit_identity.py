@@ -19,6 +19,16 @@ def one_rank(family, merged, real_family, tmp_path_factory):
         "unmerged": {"model": str(family.task), "enforce_eager": True},
         "offline": {"model": str(merged), "enforce_eager": True},
         "ours": {"model": str(family.task), "enforce_eager": True, "reload": True, **ours},
+        "another inner format": {
+            "model": str(family.task),
+            "enforce_eager": True,
+            "load_format": "enchtable",
+            "model_loader_extra_config": {
+                "verify": "content",
+                "inner_load_format": "safetensors",
+                "inner_extra_config": {"enable_multithread_load": True, "num_threads": 2},
+            },
+        },
         "offline compiled": {"model": str(merged)},
         "ours compiled": {"model": str(family.task), "reload": True, **ours},
         "real offline": {"model": str(real_merged), "enforce_eager": True},
@@ -62,6 +72,12 @@ def test_reload_serves_the_merge_again(one_rank, pair):
     assert seen["ours" + pair]["reloaded"] == seen["ours" + pair]["first"]
 
 
+def test_another_inner_format_serves_the_same(one_rank):
+    seen, printed = one_rank
+    assert seen["another inner format"]["first"] == seen["offline"]["first"]
+    assert printed.count("merged weights ") == 1  # the digest that "verify": "content" adds
+
+
 def test_the_real_small_model(one_rank):
     seen, _ = one_rank
     assert seen["real ours"]["first"] == seen["real offline"]["first"]
@@ -76,7 +92,7 @@ def test_the_log_says_what_was_merged(one_rank):
     _, printed = one_rank
     lines = [line for line in printed.splitlines() if "safety vector merged: " in line]
     tiny = [line for line in lines if "8 merged, 13 kept, 0 filtered" in line]
-    assert len(tiny) == 4  # two loads and two reloads
+    assert len(tiny) == 5  # three loads and two reloads
     assert sum("120 merged, 152 kept, 0 filtered" in line for line in lines) == 1
     assert "Loading weights, merging" in printed  # the progress bar
 
