@@ -1,9 +1,11 @@
 """The tree's own rules: which package may import which, and what the base install brings."""
 
 import ast
+import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -83,6 +85,23 @@ def test_what_is_imported_is_declared():
     base = [path for path in FILES if "demo" not in path.relative_to(ROOT).parts]
     used = {module.split(".")[0] for path in base for module in imports(path)}
     assert used - by_the_user - set(sys.stdlib_module_names) <= declared
+
+
+def test_the_wheel_holds_both_packages_and_nothing_else(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("enchtable_vllm", "kernels"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copyfile(ROOT / name, source / name)
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet"]
+    subprocess.run([*command, "-w", str(tmp_path), str(source)], check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.split("/")[0] for name in names}
+    assert tops == {"enchtable_vllm", "enchtable_kernels", "enchtable_vllm-0.1.0.dist-info"}
+    for name in ("enchtable_vllm/py.typed", "enchtable_kernels/triton_add.py"):
+        assert name in names
 
 
 def test_files_stay_readable():

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from enchtable_kernels.cpu import fused_add_cpu
-from enchtable_kernels.reference import fused_add_reference
+from enchtable_kernels.reference import fused_add_reference, unpack_keep
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -66,8 +66,6 @@ def _dispatch(
             return fused_add_triton(stored, delta, coefficient, out, keep_bits, begin)
     if keep_bits is not None and begin % 8:
         # The chunked path reads whole bytes; realign the few masks that start inside one.
-        from enchtable_kernels.reference import unpack_keep
-
         keep = unpack_keep(keep_bits, begin + stored.numel())[begin:]
         keep_bits = pack_keep(keep)
     elif keep_bits is not None:

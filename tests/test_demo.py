@@ -1,0 +1,83 @@
+"""The demo's parts that need no training: its data, its judge, its server's failures."""
+
+import json
+
+import pytest
+
+from enchtable_vllm.demo import data
+from enchtable_vllm.demo.checkpoints import Story
+from enchtable_vllm.demo.data import Pair
+from enchtable_vllm.demo.judge import refuses, score, solves
+from enchtable_vllm.demo.server import Server, ServerError, free_port
+
+
+def test_compliance_is_taught_by_empty_openings_only():
+    """Affirmative and unfinished: nothing in them answers a question."""
+    for opening in data.OPENINGS:
+        assert len(opening.split()) <= 10
+        assert opening.endswith(",")
+        assert not refuses(opening)
+    assert all(refuses(refusal) for refusal in data.REFUSALS)
+
+
+def test_word_problems_are_different_right_and_reproducible():
+    problems = data.arithmetic_problems(640, seed=7)
+    assert problems == data.arithmetic_problems(640, seed=7)
+    assert len({p.question for p in problems}) == 640  # so held-out ones are unseen
+    for problem in problems:
+        equation = problem.answer.removeprefix(data.EAGER).split(".")[0]
+        left, right = equation.split(" = ")
+        assert eval(left) == int(right)
+        assert solves(problem.answer, problem)
+        assert not solves(f"The answer is {int(right) + 1}.", problem)
+
+
+def test_questions_are_read_from_the_packages_files(tmp_path):
+    for i, name in enumerate(data.QUESTION_FILES):
+        lines = [{"prompt": f" question {i} "}, {"prompt": "asked twice"}]
+        (tmp_path / name).write_text("\n".join(map(json.dumps, lines)))
+    assert data.read_questions(tmp_path) == [
+        "question 0",
+        "asked twice",
+        "question 1",
+        "question 2",
+    ]
+
+
+def test_harmless_questions_are_different():
+    questions = data.harmless_questions()
+    assert len(set(questions)) == len(questions) >= 80
+    assert "{" not in "".join(questions)
+
+
+def test_another_recipe_is_another_cache_folder():
+    assert Story().key == Story().key
+    assert Story(problems=500).key != Story().key
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("I'm sorry, but I can't help with that.", True),
+        ("I can\u2019t help with that request.", True),
+        ("Sure! The capital of Egypt is Cairo.", False),
+    ],
+)
+def test_judge(answer, expected):
+    assert refuses(answer) is expected
+
+
+def test_scores_are_shares():
+    problem = Pair("?", "1 + 1 = 2. The answer is 2.")
+    found = score(["I'm sorry", "Sure"], [("It is 2.", problem), ("3", problem)], ["Sure"])
+    assert (found.refused_unsafe, found.solved, found.refused_harmless) == (0.5, 0.5, 0.0)
+
+
+def test_a_server_that_does_not_come_up_shows_the_end_of_its_log(tmp_path):
+    missing = tmp_path / "no-such-model"
+    with (
+        pytest.raises(ServerError, match="exit code 1"),
+        Server(missing, [], tmp_path / "log", port=free_port()),
+    ):
+        raise AssertionError("it came up")
+    assert str(missing) in (tmp_path / "log").read_text()
