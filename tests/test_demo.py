@@ -32,16 +32,10 @@ def test_word_problems_are_different_right_and_reproducible():
         assert not solves(f"The answer is {int(right) + 1}.", problem)
 
 
-def test_questions_are_read_from_the_packages_files(tmp_path):
-    for i, name in enumerate(data.QUESTION_FILES):
-        lines = [{"prompt": f" question {i} "}, {"prompt": "asked twice"}]
-        (tmp_path / name).write_text("\n".join(map(json.dumps, lines)))
-    assert data.read_questions(tmp_path) == [
-        "question 0",
-        "asked twice",
-        "question 1",
-        "question 2",
-    ]
+def test_questions_are_read_once_each(tmp_path):
+    lines = [{"prompt": " asked twice "}, {"prompt": "asked once"}, {"prompt": "asked twice"}]
+    (tmp_path / data.MALICIOUS).write_text("\n".join(map(json.dumps, lines)))
+    assert data.read_questions(tmp_path / data.MALICIOUS) == ["asked twice", "asked once"]
 
 
 def test_harmless_questions_are_different():

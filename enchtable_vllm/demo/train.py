@@ -17,6 +17,7 @@ import torch
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    ProgressCallback,
     Trainer,
     TrainingArguments,
     set_seed,
@@ -83,8 +84,17 @@ def train(
         train_dataset=examples,
         data_collator=lambda rows: _collate(rows, pad),
     )
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(_Bar)
     trainer.train()
     model.eval()
+
+
+class _Bar(ProgressCallback):  # type: ignore[misc]  # transformers is untyped here
+    """Trainer's bar without its dictionaries of numbers."""
+
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        """Print nothing."""
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, pair: Pair) -> dict[str, Any]:
