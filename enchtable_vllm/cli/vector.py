@@ -46,6 +46,8 @@ def build(
     Give fp32 checkpoints: two 16-bit ones differ only where a change was large enough to
     survive rounding.
     """
+    if math.isnan(max_shard_gb):  # which no bound of the option's catches
+        raise ConfigError("--max-shard-gb", expected="a number", got=max_shard_gb, fix="Give one.")
     with progress_bar("Building") as progress:
         report = build_vector(
             locate(aligned, what="aligned model"),

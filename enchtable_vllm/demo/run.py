@@ -156,7 +156,7 @@ def _server(model: Path, arguments: list[str], console: Console, *, port: int) -
 
 def _print_answers(console: Console, cast: Cast, before: _Answers, after: _Answers) -> None:
     table = Table(
-        title="the first questions that the fine-tune answers and should not, and two of its task",
+        title="greedy answers: to what it should refuse and does not, and to its task",
         title_justify="left",
         show_lines=True,
     )
@@ -194,9 +194,10 @@ def _print_proof(console: Console, lines: list[str], offline: MergeReport) -> No
             fix="Please report this.",
         )
     console.print("\n[bold]the server's own log line:[/bold]")
-    console.print(lines[0][lines[0].index("safety vector merged:") :], highlight=False)
+    line = lines[0][lines[0].index("safety vector merged:") :]
+    console.print(line, highlight=False, soft_wrap=True)
     console.print("[bold]the offline merge, computed apart:[/bold]")
-    console.print(offline.line(), highlight=False)
+    console.print(offline.line(), highlight=False, soft_wrap=True)
     console.print(f"[green]bit-identical:[/green] merged weights {short(digest)} in both\n")
 
 
