@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import time
 from collections.abc import Iterator
@@ -211,7 +212,7 @@ def _print_invitation(console: Console, server: Server, cast: Cast) -> None:
     console.print(f"The merged server goes on at {server.url} (log: {server.log}). Try:")
     console.print(
         f"curl {server.url}/v1/chat/completions -H 'Content-Type: application/json' "
-        f"-d {json.dumps(json.dumps(body))}",
+        f"-d {shlex.quote(json.dumps(body))}",
         highlight=False,
         soft_wrap=True,
     )

@@ -29,6 +29,16 @@ def one_rank(family, merged, real_family, tmp_path_factory):
                 "inner_extra_config": {"enable_multithread_load": True, "num_threads": 2},
             },
         },
+        "with a draft model": {
+            "model": str(family.task),
+            "enforce_eager": True,
+            "load_format": "enchtable",
+            "speculative_config": {
+                "method": "draft_model",
+                "model": str(family.base),
+                "num_speculative_tokens": 2,
+            },
+        },
         "offline compiled": {"model": str(merged)},
         "ours compiled": {"model": str(family.task), "reload": True, **ours},
         "real offline": {"model": str(real_merged), "enforce_eager": True},
@@ -78,6 +88,14 @@ def test_another_inner_format_serves_the_same(one_rank):
     assert printed.count("merged weights ") == 1  # the digest that "verify": "content" adds
 
 
+def test_a_draft_model_passes_through_and_the_log_says_so(one_rank, family):
+    seen, printed = one_rank
+    with_draft, offline = seen["with a draft model"]["first"], seen["offline"]["first"]
+    assert with_draft["weights"] == offline["weights"]
+    assert with_draft["tokens"] == offline["tokens"]
+    assert printed.count(f"draft model '{family.base}' passes through unmerged") == 1
+
+
 def test_the_real_small_model(one_rank):
     seen, _ = one_rank
     assert seen["real ours"]["first"] == seen["real offline"]["first"]
@@ -92,7 +110,7 @@ def test_the_log_says_what_was_merged(one_rank):
     _, printed = one_rank
     lines = [line for line in printed.splitlines() if "safety vector merged: " in line]
     tiny = [line for line in lines if "8 merged, 13 kept, 0 filtered" in line]
-    assert len(tiny) == 5  # three loads and two reloads
+    assert len(tiny) == 6  # four loads and two reloads
     assert sum("120 merged, 152 kept, 0 filtered" in line for line in lines) == 1
     assert "Loading weights, merging" in printed  # the progress bar
 
