@@ -11,7 +11,8 @@ import torch
 
 from enchtable_kernels import Effect, fused_add
 from enchtable_vllm.checkpoint import Checkpoint, Location, tensor_digest
-from enchtable_vllm.errors import ConfigError, MismatchError, NonFiniteError, summarize_faults
+from enchtable_vllm.checkpoint.norm import finite_norm
+from enchtable_vllm.errors import ConfigError, MismatchError, summarize_faults
 from enchtable_vllm.plan.classify import classify
 from enchtable_vllm.plan.interference import Rung, factor, interference_terms
 from enchtable_vllm.plan.merge_plan import (
@@ -141,9 +142,11 @@ def _compute(
         if name in in_norm:
             before = base.read(name).float()
             delta = stored.float() - before
-            squares.append(_square(delta, task, name))
+            squares.append(finite_norm(delta, f"{task.what}, tensor '{name}'") ** 2)
             if delta.ndim > 1:
-                matrix_squares.append((squares[-1], _square(before, base, name)))
+                matrix_squares.append(
+                    (squares[-1], finite_norm(before, f"{base.what}, tensor '{name}'") ** 2)
+                )
             if name in merged:
                 if not options.allow_other_base and not _is_aligned(before, vector.tensors[name]):
                     foreign.append(name)
@@ -216,7 +219,7 @@ def _is_aligned(before: torch.Tensor, entry: VectorTensor) -> bool:
 
 
 def _terms(delta: torch.Tensor, safety: torch.Tensor, options: PlanOptions) -> _Terms:
-    norm = float(torch.linalg.vector_norm(safety, dtype=torch.float64))
+    norm = finite_norm(safety, "safety vector")
     if delta.ndim < 2:
         return _Terms(norm, (0.0,), (0.0,), ())
     stack = (delta, safety) if delta.ndim == 3 else (delta[None], safety[None])
@@ -228,18 +231,6 @@ def _terms(delta: torch.Tensor, safety: torch.Tensor, options: PlanOptions) -> _
         pairs.append(interference_terms(task_factors, safety_factors))
         rungs.append((task_factors.rung, safety_factors.rung))
     return _Terms(norm, tuple(a for a, _ in pairs), tuple(b for _, b in pairs), tuple(rungs))
-
-
-def _square(tensor: torch.Tensor, checkpoint: Checkpoint, name: str) -> float:
-    norm = float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
-    if not math.isfinite(norm):
-        raise NonFiniteError(
-            f"{checkpoint.what}, tensor '{name}'",
-            expected="finite values",
-            got="NaN or infinity",
-            fix="The checkpoint is damaged or its training diverged: fetch or train it again.",
-        )
-    return norm * norm
 
 
 def _check_related(

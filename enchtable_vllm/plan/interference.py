@@ -35,6 +35,10 @@ _SMALL_SIDE = 64
 _GRAM32_CLEARANCE = 0.1
 #: fp64 Gram: likewise, 2⁻⁵³.
 _GRAM64_CLEARANCE = 1e-5
+_LADDER: tuple[tuple[Rung, torch.dtype, float], ...] = (
+    ("gram32", torch.float32, _GRAM32_CLEARANCE),
+    ("gram64", torch.float64, _GRAM64_CLEARANCE),
+)
 #: Singular values at or below max(rows, columns) · 2⁻²⁴ · σ₁ do not count.
 _RANK_EPSILON = 2.0**-24
 
@@ -87,13 +91,10 @@ def factor(matrix: torch.Tensor, rank_fraction: float) -> Factors:
     scaled = oriented * 2.0**-exponent
     floor = max(short, long) * _RANK_EPSILON
     if short > _SMALL_SIDE:
-        for rung, dtype, clearance in (
-            ("gram32", torch.float32, _GRAM32_CLEARANCE),
-            ("gram64", torch.float64, _GRAM64_CLEARANCE),
-        ):
+        for rung, dtype, clearance in _LADDER:
             found = _gram(scaled.to(dtype), wanted, floor, clearance)
             if found is not None:
-                return Factors(*found, exponent, rung)  # type: ignore[arg-type]
+                return Factors(*found, exponent, rung)
     return Factors(*_svd(scaled.double(), wanted, floor), exponent, "svd64")
 
 

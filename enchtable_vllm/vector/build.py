@@ -17,8 +17,9 @@ from enchtable_vllm.checkpoint import (
     TensorHeader,
     tensor_digest,
 )
+from enchtable_vllm.checkpoint.norm import finite_norm
 from enchtable_vllm.checkpoint.writer import SAFETENSORS_DTYPES, assign_shards, write_index
-from enchtable_vllm.errors import MismatchError, NonFiniteError, summarize_faults
+from enchtable_vllm.errors import MismatchError, summarize_faults
 from enchtable_vllm.progress import Progress, silent
 from enchtable_vllm.vector.card import vector_card
 from enchtable_vllm.vector.format import (
@@ -123,7 +124,7 @@ def build_vector(
                     tensors[header.name] = VectorTensor(
                         shape=header.shape,
                         dtype=stored,
-                        norm=_norm(delta, header.name),
+                        norm=finite_norm(delta, f"difference of tensor '{header.name}'"),
                         digest=tensor_digest(delta),
                         aligned_sample=tuple(spread_sample(first.read(header.name)).tolist()),
                     )
@@ -177,15 +178,3 @@ def _identical(first: Checkpoint, second: Checkpoint, name: str) -> bool:
 
 def _difference(first: Checkpoint, second: Checkpoint, name: str) -> torch.Tensor:
     return first.read(name).float() - second.read(name).float()
-
-
-def _norm(delta: torch.Tensor, name: str) -> float:
-    norm = float(torch.linalg.vector_norm(delta, dtype=torch.float64))
-    if not math.isfinite(norm):
-        raise NonFiniteError(
-            f"difference of tensor '{name}'",
-            expected="finite values",
-            got="NaN or infinity",
-            fix="A checkpoint is damaged or its training diverged: train it again.",
-        )
-    return norm
