@@ -1,6 +1,7 @@
 """Fixtures that several test files share."""
 
 import os
+import weakref
 from pathlib import Path
 
 import pytest
@@ -45,3 +46,32 @@ def edit_json():
         path.write_text(json.dumps(document))
 
     return edit
+
+
+class _Alive:
+    """How many stored tensors are alive at once, counted at every read."""
+
+    def __init__(self):
+        self.most = 0
+        self._references = []
+
+    def count(self, tensor):
+        self._references.append(weakref.ref(tensor))
+        alive = sum(reference() is not None for reference in self._references)
+        self.most = max(self.most, alive)
+
+
+@pytest.fixture
+def tensors_alive(monkeypatch):
+    """Watches `Checkpoint.read` for the rest of the test."""
+    from enchtable_vllm.checkpoint import Checkpoint
+
+    alive, read = _Alive(), Checkpoint.read
+
+    def counted(self, name):
+        tensor = read(self, name)
+        alive.count(tensor)
+        return tensor
+
+    monkeypatch.setattr(Checkpoint, "read", counted)
+    return alive

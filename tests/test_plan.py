@@ -4,7 +4,6 @@ import json
 import math
 import subprocess
 import sys
-import weakref
 
 import models
 import pytest
@@ -12,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_interference import oracle
 
-from enchtable_vllm.checkpoint import Checkpoint, Location, locate
+from enchtable_vllm.checkpoint import Location, locate
 from enchtable_vllm.errors import (
     ConfigError,
     MergePlanError,
@@ -333,24 +332,9 @@ def test_plan_has_a_line_for_each_tensor(family):
     assert json.loads(text)["tensors"][Q]["rungs"]
 
 
-def test_planning_holds_a_few_tensors_not_a_model(family, monkeypatch):
-    """Stored tensors alive at once, counted at every read."""
-    alive: list[weakref.ref] = []
-    most = 0
-
-    def counting(read):
-        def counted(self, name):
-            nonlocal most
-            tensor = read(self, name)
-            alive.append(weakref.ref(tensor))
-            most = max(most, sum(ref() is not None for ref in alive))
-            return tensor
-
-        return counted
-
-    monkeypatch.setattr(Checkpoint, "read", counting(Checkpoint.read))
+def test_planning_holds_a_few_tensors_not_a_model(family, tensors_alive):
     models.plan_for(family.task, family.base, family.vector)
-    assert 2 <= most <= 5
+    assert 2 <= tensors_alive.most <= 5
 
 
 def test_expected_retained_share_is_what_the_merge_reports(family, tmp_path):

@@ -144,7 +144,7 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self.what}, {self.index_name}",
                 expected="an object 'weight_map' from tensor names to file names",
-                got=f"{type(index.get('weight_map')).__name__}",
+                got=type(index.get("weight_map")).__name__,
                 fix="Restore the index from where the checkpoint came from.",
             )
         bad = [f for f in set(names.values()) if Path(f).name != f]
