@@ -15,6 +15,7 @@ import torch
 from _harness import interleaved, quantiles, write
 
 from enchtable_kernels import fused_add
+from enchtable_kernels._addition import Addition
 from enchtable_kernels.reference import fused_add_reference
 
 
@@ -32,7 +33,8 @@ def main() -> None:
         for scale in (0.02, 1e-3)
     )
     out, expected = torch.empty_like(stored), torch.empty_like(stored)
-    fused_add_reference(stored, delta, 0.3, expected)
+    addition = Addition(stored, delta, expected, 0.3)
+    fused_add_reference(addition)
     fused_add(stored, delta, [0.3], out=out)
     if not torch.equal(out, expected):
         raise SystemExit("not bit-identical with the reference: no speed is reported")
@@ -47,7 +49,7 @@ def main() -> None:
         {
             "memcpy": lambda: wait(target.copy_(source)),
             "fused_add": lambda: wait(fused_add(stored, delta, [0.3], out=out)),
-            "torch reference": lambda: wait(fused_add_reference(stored, delta, 0.3, expected)),
+            "torch reference": lambda: wait(fused_add_reference(addition)),
         },
         options.rounds,
     )

@@ -1,14 +1,16 @@
 """The merged stream and the offline merge."""
 
 import shutil
+import threading
 
+import models
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_checkpoint import shard
 
-from enchtable_vllm.checkpoint import Checkpoint, Location, locate
+from enchtable_vllm.checkpoint import Checkpoint, Location, locate, tensor_digest
 from enchtable_vllm.errors import (
     ConfigError,
     IncompleteMergeError,
@@ -146,6 +148,83 @@ def test_weights_that_are_not_finite_are_refused(family, bad):
     tensors[Q][3, 3] = bad
     with pytest.raises(NonFiniteError, match=r"self_attn\.q_proj\.weight' has 1"):
         stream(family, tensors.items())
+
+
+def test_a_vector_that_is_not_finite_is_blamed_by_name(damaged, edit_json):
+    """Though its own manifest vouches for the bytes."""
+    path = damaged.vector / "safety_vector.safetensors"
+    tensors = load_file(path)
+    tensors[Q][3, 3] = float("nan")
+    save_file(tensors, path)
+    edit_json(
+        damaged.vector / "safety_vector.json", "tensors", Q, "digest",
+        value=tensor_digest(tensors[Q]),
+    )  # fmt: skip
+    with pytest.raises(NonFiniteError, match=r"safety vector .*q_proj\.weight': .*diverged"):
+        stream(damaged, stored(damaged))
+
+
+def test_an_int8_vector_is_merged_as_it_is_stored(family, tmp_path):
+    """The same bits as the dense vector that it stands for; nothing is unpacked on the way."""
+    locations = locate(family.aligned), locate(family.surrogate)
+    build_vector(*locations, tmp_path / "v", dtype="int8")
+    vector = SafetyVector.open(tmp_path / "v")
+    (tmp_path / "plan.json").write_text(
+        models.plan_for(family.task, family.base, tmp_path / "v", beta=0.5).to_json()
+    )
+    resolved = resolve_plan(*read_plan(tmp_path / "plan.json"))
+    before = dict(stored(family))
+    pass_ = MergeStream(resolved, vector, what="task model")
+    merged = dict(pass_.merge(before.items()))
+    for name, row in resolved.coefficients.items():
+        c = torch.tensor(row[0], dtype=torch.float32)
+        expected = (before[name].float() + vector.read(name).float() * c).bfloat16()
+        assert torch.equal(merged[name], expected)
+    exact = load_file(family.aligned / "model.safetensors")[Q]
+    exact = exact - load_file(family.surrogate / "model.safetensors")[Q]
+    assert 1e-3 < float((vector.read(Q).float() - exact).norm() / exact.norm()) < 1e-2
+    assert pass_.report.total.retained_share > 0.9
+
+
+@pytest.mark.parametrize("ahead", [1, 2, 50])
+def test_running_ahead_changes_nothing_but_the_time(family, ahead):
+    expected, _ = stream(family, stored(family), digest_merged=True)
+    vector, resolved = inputs(family)
+    seen = []
+    pass_ = MergeStream(
+        resolved, vector, what="task model", ahead=ahead, digest_merged=True, on_tensor=seen.append
+    )
+    got = list(pass_.merge(stored(family)))
+    assert [name for name, _ in got] == [name for name, _ in stored(family)] == seen
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in got)
+    assert pass_.report.kept == 13
+
+
+def test_running_ahead_holds_one_tensor_more_and_stops_at_the_first_failure(family):
+    vector, resolved = inputs(family)
+    source = Counted(stored(family))
+    pass_ = MergeStream(resolved, vector, what="task model", ahead=1)
+    for i, _ in enumerate(pass_.merge(source), 1):
+        assert source.taken <= i + 1
+    bad = [(n, t[:4] if n == Q else t) for n, t in stored(family)]
+    source = Counted(bad)
+    before = threading.active_count()
+    with pytest.raises(MismatchError, match=r"\[4, 256\]"):
+        stream(family, source, ahead=1)
+    assert source.taken <= 2 + [n for n, _ in bad].index(Q)
+    assert threading.active_count() == before  # no thread of ours is left
+
+
+class Counted:
+    """A source that knows how much of it was taken."""
+
+    def __init__(self, items):
+        self._items, self.taken = iter(items), 0
+
+    def __iter__(self):
+        for item in self._items:
+            self.taken += 1
+            yield item
 
 
 def test_content_verification_finds_one_changed_byte_anywhere(family):

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from enchtable_vllm.checkpoint import locate
+from enchtable_vllm.checkpoint import locate, tensor_digest
 from enchtable_vllm.errors import (
     CheckpointError,
     MismatchError,
@@ -17,7 +17,7 @@ from enchtable_vllm.errors import (
     QuantizedCheckpointError,
     SafetyVectorError,
 )
-from enchtable_vllm.vector import SafetyVector, build_vector, in_scope, narrows
+from enchtable_vllm.vector import Delta, SafetyVector, build_vector, in_scope, narrows
 
 Q = "model.layers.0.self_attn.q_proj.weight"
 
@@ -37,12 +37,106 @@ def test_vector_is_aligned_minus_surrogate(family, tmp_path, dtype, torch_dtype)
     assert set(vector.tensors) == {n for n in aligned if "_proj" in n and "self_attn" in n}
     for name, entry in vector.tensors.items():
         expected = (aligned[name] - surrogate[name]).to(torch_dtype)
-        assert torch.equal(vector.read(name), expected)
+        delta = vector.read(name)
+        assert delta.scales is None
+        assert torch.equal(delta.values, expected)
         assert entry.norm == pytest.approx(float(expected.double().norm()), rel=1e-12)
     total = sum(t.norm**2 for t in vector.tensors.values()) ** 0.5
     assert vector.manifest.norm == pytest.approx(total, rel=1e-12)
     assert report.warnings == []
     assert vector.manifest.architecture == "LlamaForCausalLM"
+
+
+def test_int8_halves_the_bytes_at_a_relative_error_of_half_a_per_cent(family, tmp_path):
+    build(family, tmp_path / "fp32", dtype="fp32")
+    build(family, tmp_path / "int8", dtype="int8")
+    exact, vector = SafetyVector.open(tmp_path / "fp32"), SafetyVector.open(tmp_path / "int8")
+    assert set(vector.tensors) == set(exact.tensors)
+    for name, entry in vector.tensors.items():
+        delta, truth = vector.read(name), exact.read(name).float()
+        rows, columns = truth.shape
+        assert delta.values.dtype == torch.int8
+        assert delta.scales.shape == (rows, columns // 64)
+        blocks = truth.view(rows, -1, 64)
+        assert torch.equal(delta.scales, blocks.abs().amax(-1) / 127)
+        error = (delta.float() - truth).view_as(blocks).abs()
+        assert bool((error <= delta.scales[..., None] * 0.5001).all())  # half a step
+        assert 1e-3 < float((delta.float() - truth).norm() / truth.norm()) < 1e-2
+        assert entry.norm == pytest.approx(float(delta.float().double().norm()), rel=1e-12)
+    size = (tmp_path / "int8" / "safety_vector.safetensors").stat().st_size
+    assert size / (tmp_path / "fp32" / "safety_vector.safetensors").stat().st_size < 0.28
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (5,), (130,), (3, 65), (2, 3, 64)], ids=str)
+def test_int8_of_every_shape_survives_the_file(tmp_path, shape):
+    """Odd sizes too: fp32 scales behind an odd number of bytes could not be read back."""
+    generator = torch.Generator().manual_seed(0)
+    names = ("a.weight", "b.weight", "c.weight")
+    for folder in ("aligned", "surrogate"):
+        tensors = {n: torch.randn(shape, generator=generator) * 1e-3 for n in names}
+        (tmp_path / folder).mkdir()
+        save_file(tensors, tmp_path / folder / "model.safetensors")
+    build_vector(
+        locate(tmp_path / "aligned"), locate(tmp_path / "surrogate"), tmp_path / "v",
+        scope="all", dtype="int8", max_shard_bytes=300,
+    )  # fmt: skip
+    vector = SafetyVector.open(tmp_path / "v")
+    aligned = load_file(tmp_path / "aligned" / "model.safetensors")
+    surrogate = load_file(tmp_path / "surrogate" / "model.safetensors")
+    for name in names:
+        truth, got = aligned[name] - surrogate[name], vector.read(name).float()
+        assert got.shape == truth.shape
+        assert float((got - truth).norm()) <= 1e-2 * float(truth.norm())
+
+
+def test_int8_of_zeros_and_of_the_smallest_numbers_is_finite():
+    dense = torch.zeros(2, 128)
+    dense[1, 64:] = 1e-45
+    delta = Delta.quantized(dense)
+    assert bool(torch.isfinite(delta.scales).all())
+    assert torch.equal(delta.float()[0], dense[0])
+    assert float((delta.float() - dense).abs().max()) <= 2e-45
+
+
+def test_int8_refuses_names_that_its_scales_would_take(tmp_path):
+    for folder, value in (("aligned", 0.0), ("surrogate", 1.0)):
+        (tmp_path / folder).mkdir()
+        tensors = {"a": torch.full((4,), value), "a.scale": torch.full((4,), value)}
+        save_file(tensors, tmp_path / folder / "model.safetensors")
+    with pytest.raises(MismatchError, match=r"no name that ends in '.scale'"):
+        build_vector(
+            locate(tmp_path / "aligned"), locate(tmp_path / "surrogate"), tmp_path / "v",
+            scope="all", dtype="int8",
+        )  # fmt: skip
+    assert not (tmp_path / "v").exists()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1e-3])
+def test_scales_that_are_not_finite_or_negative_are_refused(family, tmp_path, edit_json, bad):
+    """Even where the manifest vouches for them: a negative one would take safety away."""
+    build(family, tmp_path / "v", dtype="int8")
+    path = tmp_path / "v" / "safety_vector.safetensors"
+    tensors = load_file(path)
+    tensors[Q + ".scale"][0, 0] = bad
+    save_file(tensors, path)
+    manifest = tmp_path / "v" / "safety_vector.json"
+    digest = tensor_digest(tensors[Q + ".scale"])
+    edit_json(manifest, "tensors", Q, "scale_digest", value=digest)
+    with pytest.raises(SafetyVectorError, match="finite and not negative"):
+        SafetyVector.open(tmp_path / "v").read(Q)
+
+
+def test_every_byte_of_the_scales_is_vouched_for(family, tmp_path):
+    build(family, tmp_path / "v", dtype="int8")
+    before = SafetyVector.open(tmp_path / "v").fingerprint
+    path = tmp_path / "v" / "safety_vector.safetensors"
+    tensors = load_file(path)
+    tensors[Q + ".scale"] *= 2
+    save_file(tensors, path)
+    with pytest.raises(SafetyVectorError, match=r"q_proj.weight.scale': expected content blake3"):
+        SafetyVector.open(tmp_path / "v").read(Q)
+    build(family, tmp_path / "other", dtype="bf16")
+    assert SafetyVector.open(tmp_path / "other").fingerprint != before
 
 
 def test_a_large_vector_is_sharded_and_reads_the_same(family, tmp_path):
@@ -51,7 +145,7 @@ def test_a_large_vector_is_sharded_and_reads_the_same(family, tmp_path):
     assert len(list((tmp_path / "sharded").glob("safety_vector-*-of-*.safetensors"))) > 2
     whole, sharded = SafetyVector.open(tmp_path / "whole"), SafetyVector.open(tmp_path / "sharded")
     assert whole.fingerprint == sharded.fingerprint
-    assert torch.equal(whole.read(Q), sharded.read(Q))
+    assert torch.equal(whole.read(Q).values, sharded.read(Q).values)
 
 
 def test_building_holds_a_few_tensors_not_a_model(family, tmp_path, tensors_alive):
@@ -136,7 +230,7 @@ def test_one_flipped_bit_is_refused_when_the_tensor_is_read(damaged):
 def test_bytes_handed_out_are_not_the_files(damaged):
     """What was verified cannot change under the merge, even if the file does."""
     vector = SafetyVector.open(damaged.vector)
-    delta = vector.read(Q)
+    delta = vector.read(Q).values
     before = delta.clone()
     path = damaged.vector / "safety_vector.safetensors"
     size = path.stat().st_size

@@ -18,14 +18,13 @@ from typing import Self
 import torch
 
 from enchtable_vllm.checkpoint.fingerprint import raw_bytes
-from enchtable_vllm.checkpoint.reader import TORCH_DTYPES, TensorHeader
+from enchtable_vllm.checkpoint.reader import TensorHeader
 from enchtable_vllm.errors import CheckpointError, ConfigError
 
 _ITEM_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I16": 2, "U16": 2,
     "F16": 2, "BF16": 2, "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8, "C64": 8,
 }  # fmt: skip
-SAFETENSORS_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 def tensor_bytes(header: TensorHeader) -> int:
@@ -80,25 +79,26 @@ def write_index(folder: Path, stem: str, shards: Mapping[str, Sequence[TensorHea
 
 
 class ShardWriter:
-    """One safetensors file, written in the order of its headers.
+    """One safetensors file; its tensors may be written in any order.
 
     Use as a context manager: leaving it flushes to the disk, and every tensor must have been
     written by then.
 
     Args:
         path: The file.
-        headers: Name, dtype and shape of every tensor, in writing order.
+        headers: Name, dtype and shape of every tensor, in the order of their bytes.
         metadata: Free-form header metadata.
     """
 
     def __init__(
         self, path: Path, headers: Sequence[TensorHeader], metadata: Mapping[str, str]
     ) -> None:
-        self._pending = list(reversed(headers))
         entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+        self._pending: dict[str, tuple[int, int]] = {}  # offsets of begin and end
         offset = 0
         for header in headers:
             end = offset + tensor_bytes(header)
+            self._pending[header.name] = offset, end
             entries[header.name] = {
                 "dtype": header.dtype,
                 "shape": list(header.shape),
@@ -109,13 +109,15 @@ class ShardWriter:
         encoded += b" " * (-len(encoded) % 8)
         self._file = path.open("xb")
         self._file.write(len(encoded).to_bytes(8, "little") + encoded)
+        self._data_start = self._file.tell()
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """The next tensor; it must be the one that the headers name next, with their shape."""
-        header = self._pending.pop()
+        """A tensor that is still to be written, of its header's size."""
+        begin, end = self._pending.pop(name)
         data = raw_bytes(tensor)
-        if name != header.name or len(data) != tensor_bytes(header):
-            raise AssertionError(f"expected {header} next, got {name} of {len(data)} bytes")
+        if len(data) != end - begin:
+            raise AssertionError(f"expected {end - begin} bytes for '{name}', got {len(data)}")
+        self._file.seek(self._data_start + begin)
         self._file.write(data)
 
     def __enter__(self) -> Self:

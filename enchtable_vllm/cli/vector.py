@@ -31,7 +31,9 @@ def build(
     surrogate: Annotated[str, typer.Option(help="The model distilled from it to be unsafe.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The vector's folder.")],
     scope: Annotated[Scope, typer.Option(help="Which parameters.")] = "attention",
-    dtype: Annotated[StoredDtype, typer.Option(help="How deltas are stored.")] = "bf16",
+    dtype: Annotated[
+        StoredDtype, typer.Option(help="How deltas are stored; int8 has a scale for each 64.")
+    ] = "bf16",
     recipe: Annotated[
         Path | None, typer.Option(help="A JSON object to record: how the surrogate was made.")
     ] = None,
@@ -95,7 +97,7 @@ def verify(vector: VectorArgument, as_json: JsonOption = False) -> None:
     norms = []
     with progress_bar("Verifying") as progress:
         for done, name in enumerate(names, 1):
-            norm = float(torch.linalg.vector_norm(opened.read(name), dtype=torch.float64))
+            norm = float(torch.linalg.vector_norm(opened.read(name).float(), dtype=torch.float64))
             _check_norm(opened, f"tensor '{name}'", opened.tensors[name].norm, norm)
             norms.append(norm)
             progress(name, done, len(names))
@@ -142,7 +144,11 @@ def _summary(vector: SafetyVector) -> dict[str, object]:
         "architecture": manifest.architecture,
         "scope": manifest.scope,
         "tensors": len(manifest.tensors),
-        "bytes": sum(math.prod(t.shape) * _BYTES[t.dtype] for t in manifest.tensors.values()),
+        "bytes": sum(
+            math.prod(held.shape) * _BYTES[held.dtype]
+            for name, tensor in manifest.tensors.items()
+            for held in tensor.stored(name)
+        ),
         "norm": manifest.norm,
         "zero_share": manifest.zero_share,
     }

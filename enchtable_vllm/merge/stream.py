@@ -7,7 +7,10 @@ offline merge all pull their tensors through here, so they cannot differ.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -33,6 +36,9 @@ class MergeStream:
         what: How an error message calls the stream's source.
         device: Where merging happens. A tensor that is elsewhere is moved there; None merges
             each tensor where it is.
+        ahead: How many tensors a thread of ours may be ahead of the consumer: reading, hashing
+            and adding then overlap with what the consumer does. Only for a source whose tensors
+            stay valid while it goes on.
         may_filter: Whether the source may leave a planned tensor out (other ranks' experts).
         foreign: Whether tensors that the plan does not know may come through untouched (a
             model's secondary weights).
@@ -48,6 +54,7 @@ class MergeStream:
         *,
         what: str,
         device: torch.device | None = None,
+        ahead: int = 0,
         may_filter: Callable[[str], bool] = lambda _: False,
         foreign: bool = False,
         verify_content: bool = False,
@@ -58,6 +65,7 @@ class MergeStream:
         self._vector = vector
         self._what = what
         self._device = device
+        self._ahead = ahead
         self._may_filter = may_filter
         self._foreign = foreign
         self._verify_content = verify_content
@@ -79,10 +87,50 @@ class MergeStream:
             IncompleteMergeError: The source ended without a tensor that was to be merged.
         """
         started = time.perf_counter()
-        for name, stored in source:
-            yield name, self._one(name, stored)
+        for name, merged in self._each_ahead(source) if self._ahead else self._each(source):
+            yield name, merged
             self._on_tensor(name)
         self.report = self._finish(time.perf_counter() - started)
+
+    def _each(
+        self, source: Iterable[tuple[str, torch.Tensor]]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, stored in source:
+            yield name, self._one(name, stored)
+
+    def _each_ahead(
+        self, source: Iterable[tuple[str, torch.Tensor]]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """The same tensors in the same order; one thread, so that they are merged in it too."""
+        waiting: deque[tuple[str, Future[torch.Tensor]]] = deque()
+        on_our_stream = self._stream_of_this_thread()
+        with ThreadPoolExecutor(1, thread_name_prefix="enchtable-merge") as worker:
+
+            def one(name: str, stored: torch.Tensor) -> torch.Tensor:
+                with on_our_stream():
+                    return self._one(name, stored)
+
+            try:
+                for name, stored in source:
+                    waiting.append((name, worker.submit(one, name, stored)))
+                    if len(waiting) > self._ahead:
+                        first, future = waiting.popleft()
+                        yield first, future.result()
+                        del future
+                while waiting:
+                    first, future = waiting.popleft()
+                    yield first, future.result()
+                    del future
+            finally:
+                for _, future in waiting:
+                    future.cancel()
+
+    def _stream_of_this_thread(self) -> Callable[[], AbstractContextManager[object]]:
+        """The consumer's CUDA stream: work of another thread would not be ordered with it."""
+        if self._device is None or self._device.type != "cuda":
+            return nullcontext
+        stream = torch.cuda.current_stream(self._device)
+        return lambda: torch.cuda.stream(stream)
 
     def _one(self, name: str, stored: torch.Tensor) -> torch.Tensor:
         if name in self._sums or name in self._kept:
@@ -108,7 +156,8 @@ class MergeStream:
         delta = self._vector.read(name)
         if self._device is not None:
             stored = stored.to(self._device)
-        merged, sums = fused_add(stored, delta.to(stored.device), coefficients)
+        delta = delta.to(stored.device)
+        merged, sums = fused_add(stored, delta.values, coefficients, scales=delta.scales)
         self._sums[name] = sums
         if self._digests is not None:
             self._digests[name] = tensor_digest(merged)
@@ -131,6 +180,7 @@ class MergeStream:
         effects = {name: Effect.from_tensor(sums) for name, sums in self._sums.items()}
         bad = [f"'{n}' has {e.non_finite}" for n, e in effects.items() if e.non_finite]
         if bad:
+            self._blame_the_vector(effects)
             raise NonFiniteError(
                 f"{self._what}, merged weights",
                 expected="finite values",
@@ -154,6 +204,19 @@ class MergeStream:
                 "interference attenuates everything away.",
             )
         return report
+
+    def _blame_the_vector(self, effects: dict[str, Effect]) -> None:
+        """Read again what was not finite, to tell a bad vector from a bad task model or β."""
+        for name, effect in effects.items():
+            if effect.non_finite and not bool(
+                torch.isfinite(self._vector.read(name).float()).all()
+            ):
+                raise NonFiniteError(
+                    f"{self._vector.what}, tensor '{name}'",
+                    expected="finite values",
+                    got="NaN or infinity",
+                    fix="Distil it again; a diverged surrogate makes such a vector.",
+                )
 
     def _mismatch(self, name: str, expected: str, got: str) -> MismatchError:
         return MismatchError(

@@ -174,7 +174,8 @@ def _compute(
     for done, name in enumerate(classes.merge, len(task.tensors) + 1):
         found = terms[name]
         coefficients = tuple(coefficient(n, a, b) for a, b in zip(found.a, found.b, strict=True))
-        _, sums = fused_add(task.read(name), vector.read(name), coefficients)
+        added = vector.read(name)
+        _, sums = fused_add(task.read(name), added.values, coefficients, scales=added.scales)
         effect = Effect.from_tensor(sums)
         total += effect
         interference = tuple(a * n + b for a, b in zip(found.a, found.b, strict=True))

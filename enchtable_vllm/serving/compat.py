@@ -5,6 +5,7 @@ Tested with vLLM 0.32.0 (CPU build). Public extension points: ``register_model_l
 
 * ``ep_weight_filter.should_skip_weight`` and the inner loader's ``local_expert_ids``, to tell
   an expert of another rank from a tensor that went missing;
+* the inner loader's ``load_config.load_format``, to know whose tensors stay valid;
 * ``ModelConfig.runner_type == "draft"``, to leave draft models alone;
 * ``ModelConfig.model`` and ``revision``, to read the weights from the folder that was checked.
 """
@@ -36,6 +37,7 @@ __all__ = [
     "is_draft",
     "is_skipped_expert",
     "logger",
+    "may_look_ahead",
     "read_from",
     "register",
     "shows_progress",
@@ -98,6 +100,15 @@ def all_weights(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The stored weights, under their checkpoint names."""
     return cast(Iterator[tuple[str, torch.Tensor]], inner.get_all_weights(model_config, model))
+
+
+def may_look_ahead(inner: Any) -> bool:
+    """Whether a stored tensor stays valid while the next is fetched.
+
+    vLLM's own readers hand out tensors that own, or share, the memory they lie in. Others
+    stream through a buffer that is used again, or free a file's tensors at its end.
+    """
+    return inner.load_config.load_format in ("auto", "hf", "safetensors", "pt", "mistral")
 
 
 def is_skipped_expert(inner: Any, name: str) -> bool:

@@ -160,6 +160,7 @@ class EnchTableModelLoader(compat.BaseModelLoader):  # type: ignore[misc]  # vll
             what=prepared.what,
             # On the GPU that the weights go to; elsewhere each tensor is merged where it is.
             device=device if device.type == "cuda" else None,
+            ahead=int(compat.may_look_ahead(self._inner)),
             may_filter=lambda name: compat.is_skipped_expert(self._inner, name),
             foreign=bool(getattr(model, "secondary_weights", ())),
             verify_content=self.config.verify == "content",

@@ -1,6 +1,7 @@
 """Safety vectors: aligned − surrogate, on disk, verified byte by byte when used."""
 
 from enchtable_vllm.vector.build import BuildReport, build_vector
+from enchtable_vllm.vector.delta import Delta
 from enchtable_vllm.vector.format import (
     VECTOR_FILE_STEM,
     VECTOR_MANIFEST,
@@ -16,6 +17,7 @@ __all__ = [
     "VECTOR_FILE_STEM",
     "VECTOR_MANIFEST",
     "BuildReport",
+    "Delta",
     "ModelReference",
     "SafetyVector",
     "Scope",

@@ -5,16 +5,21 @@ The tensors lie beside it, in ``safety_vector.safetensors`` or in shards with an
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from enchtable_kernels import scales_per_row
 from enchtable_vllm.checkpoint import Checkpoint, Fingerprint, Location, sampled_fingerprint
 from enchtable_vllm.vector.scope import Scope
 
 VECTOR_MANIFEST = "safety_vector.json"
 VECTOR_FILE_STEM = "safety_vector"
+
+#: What an int8 tensor's name is given for its scales.
+SCALE = ".scale"
 
 #: How many values of the aligned model a manifest holds for each tensor.
 SAMPLE = 16
@@ -47,6 +52,11 @@ class ModelReference(BaseModel):
         )
 
 
+def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of an int8 tensor's scales."""
+    return (*shape[:-1], scales_per_row(shape[-1] if shape else 1))
+
+
 def spread_sample(tensor: torch.Tensor) -> torch.Tensor:
     """Up to `SAMPLE` values of a tensor, evenly spread, as fp32."""
     flat = tensor.reshape(-1)
@@ -55,13 +65,25 @@ def spread_sample(tensor: torch.Tensor) -> torch.Tensor:
     return flat[places].float()
 
 
+@dataclass(frozen=True)
+class StoredTensor:
+    """What a file must hold: a delta's values, or the scales of an int8 one."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    digest: str
+
+
 class VectorTensor(BaseModel):
     """One delta.
 
     Attributes:
-        shape, dtype: As stored; dtype in safetensors' spelling.
-        norm: L2, of the stored values.
-        digest: blake3 of every stored byte.
+        shape, dtype: As stored; dtype in safetensors' spelling. ``I8`` comes with a tensor
+            ``NAME.scale``: fp32, one for each 64 elements of the last axis.
+        norm: L2, of the values that the addition sees.
+        digest: blake3 of every byte of the values.
+        scale_digest: Of the scales, where there are any.
         aligned_sample: A few of the aligned model's own values, evenly spread: they tell, in any
             precision, whether a base model is the one this was built from.
     """
@@ -69,10 +91,26 @@ class VectorTensor(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     shape: tuple[int, ...]
-    dtype: Literal["BF16", "F32"]
+    dtype: Literal["BF16", "F32", "I8"]
     norm: FiniteNorm
     digest: Fingerprint
+    scale_digest: Fingerprint | None = None
     aligned_sample: tuple[Annotated[float, Field(allow_inf_nan=False)], ...]
+
+    @model_validator(mode="after")
+    def _scales_belong_to_int8(self) -> Self:
+        if (self.dtype == "I8") != (self.scale_digest is not None):
+            raise ValueError("I8 has a scale_digest, other dtypes have none")
+        return self
+
+    def stored(self, name: str) -> list[StoredTensor]:
+        """What the files hold of it."""
+        held = [StoredTensor(name, self.dtype, self.shape, self.digest)]
+        if self.scale_digest is not None:
+            held.append(
+                StoredTensor(name + SCALE, "F32", scale_shape(self.shape), self.scale_digest)
+            )
+        return held
 
 
 class VectorManifest(BaseModel):

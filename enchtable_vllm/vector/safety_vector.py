@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
 from pydantic import ValidationError
 
-from enchtable_vllm.checkpoint import Checkpoint, Location, TensorHeader, locate, tensor_digest
+from enchtable_vllm.checkpoint import Checkpoint, Location, locate, tensor_digest
 from enchtable_vllm.checkpoint.fingerprint import content_fingerprint
-from enchtable_vllm.errors import NonFiniteError, SafetyVectorError, summarize_faults
+from enchtable_vllm.errors import SafetyVectorError, summarize_faults
+from enchtable_vllm.vector.delta import Delta
 from enchtable_vllm.vector.format import (
+    SCALE,
     VECTOR_FILE_STEM,
     VECTOR_MANIFEST,
+    StoredTensor,
     VectorManifest,
     VectorTensor,
 )
@@ -46,8 +50,7 @@ class SafetyVector:
         self._files = Checkpoint(location.path, stem=VECTOR_FILE_STEM, what="safety vector")
         self._check_headers()
         self.fingerprint = content_fingerprint(
-            (self._files.tensors[name], entry.digest)
-            for name, entry in self.manifest.tensors.items()
+            (self._files.tensors[stored.name], stored.digest) for stored in self._stored()
         )
 
     @classmethod
@@ -70,35 +73,37 @@ class SafetyVector:
         """The deltas by name."""
         return self.manifest.tensors
 
-    def header(self, name: str) -> TensorHeader:
-        """What the file's header says of a delta."""
-        return self._files.tensors[name]
+    def read(self, name: str) -> Delta:
+        """One delta, as stored, in memory of its own, its digest checked.
 
-    def read(self, name: str) -> torch.Tensor:
-        """One delta, as stored, in memory of its own, digest and finiteness checked.
+        Whether it is finite shows where it is used: in the sums of the addition, in a norm.
 
         Raises:
-            SafetyVectorError: Its bytes are not those that the manifest vouches for.
-            NonFiniteError: It holds NaN or infinity.
+            SafetyVectorError: Its bytes are not those that the manifest vouches for, or a scale
+                is negative or not finite.
         """
-        # A copy first: bytes that are still the file's could change after they were checked.
-        delta = self._files.read(name).clone()
-        digest = tensor_digest(delta)
-        if digest != self.tensors[name].digest:
+        values, *scales = [self._verified(stored) for stored in self.tensors[name].stored(name)]
+        if scales and not bool(((scales[0] >= 0) & (scales[0] < math.inf)).all()):
             raise SafetyVectorError(
-                f"{self.what}, tensor '{name}'",
-                expected=f"content {self.tensors[name].digest}",
+                f"{self.what}, tensor '{name}{SCALE}'",
+                expected="scales that are finite and not negative",
+                got="others",
+                fix="Build it again with 'enchtable vector build'.",
+            )
+        return Delta(values, *scales)
+
+    def _verified(self, stored: StoredTensor) -> torch.Tensor:
+        # A copy first: bytes that are still the file's could change after they were checked.
+        tensor = self._files.read(stored.name).clone()
+        digest = tensor_digest(tensor)
+        if digest != stored.digest:
+            raise SafetyVectorError(
+                f"{self.what}, tensor '{stored.name}'",
+                expected=f"content {stored.digest}",
                 got=digest,
                 fix="Its bytes changed since it was built: fetch or build it again.",
             )
-        if not bool(torch.isfinite(delta).all()):
-            raise NonFiniteError(
-                f"{self.what}, tensor '{name}'",
-                expected="finite values",
-                got="NaN or infinity",
-                fix="Distil it again; a diverged surrogate makes such a vector.",
-            )
-        return delta
+        return tensor
 
     def _read_manifest(self) -> VectorManifest:
         path = self.location.path / VECTOR_MANIFEST
@@ -119,8 +124,12 @@ class SafetyVector:
                 fix="Fetch or build the vector again, or upgrade enchtable-vllm.",
             ) from error
 
+    def _stored(self) -> list[StoredTensor]:
+        return [held for name, t in self.manifest.tensors.items() for held in t.stored(name)]
+
     def _check_headers(self) -> None:
-        declared, stored = self.manifest.tensors, self._files.tensors
+        declared = {stored.name: stored for stored in self._stored()}
+        stored = self._files.tensors
         faults = [f"'{n}' is in no file" for n in sorted(declared.keys() - stored.keys())]
         faults += [f"'{n}' is not in the manifest" for n in sorted(stored.keys() - declared.keys())]
         for name in sorted(declared.keys() & stored.keys()):

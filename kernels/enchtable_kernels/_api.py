@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from enchtable_kernels.cpu import fused_add_cpu
-from enchtable_kernels.reference import fused_add_reference, unpack_keep
+from enchtable_kernels._addition import Addition, scales_per_row
+from enchtable_kernels.reference import fused_add_reference
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -17,18 +17,23 @@ def fused_add(
     delta: torch.Tensor,
     coefficients: Sequence[float],
     *,
+    scales: torch.Tensor | None = None,
     keep_bits: torch.Tensor | None = None,
+    rounding_key: int | None = None,
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``stored + coefficient · delta`` in one pass; bit-identical on every path.
 
     Args:
-        stored: ``[...]`` bf16/fp16/fp32, on the CPU or a GPU.
-        delta: Same shape and device, bf16/fp16/fp32.
+        stored: ``[..., n]`` bf16/fp16/fp32, on the CPU or a GPU.
+        delta: Same shape and device, bf16/fp16/fp32, or int8 with ``scales``.
         coefficients: One number for the whole tensor, or one for each slice along the first
-            axis (a stack of experts).
+            of several axes (a stack of experts).
+        scales: ``[..., ceil(n / 64)]`` fp32: one for each 64 elements of delta's last axis.
         keep_bits: ``[ceil(numel / 8)]`` uint8, same device; a 0 bit leaves its element as
             stored. Bit ``i % 8`` of byte ``i // 8`` belongs to element ``i``.
+        rounding_key: Round bf16 stochastically, with noise that is a pure function of this
+            64-bit key and the element's index. None, and other dtypes: to nearest even.
         out: Where to write; same shape and dtype as ``stored``, contiguous. May be
             ``stored`` itself. New by default.
 
@@ -39,39 +44,48 @@ def fused_add(
     Raises:
         ValueError: Shapes, dtypes, devices or counts that do not fit together.
     """
-    _check(stored, delta, coefficients, keep_bits, out)
-    stored, delta = stored.contiguous(), delta.contiguous()
+    _check(stored, delta, coefficients, scales, keep_bits, rounding_key, out)
     if out is None:
-        out = torch.empty_like(stored)
-    flat = stored.view(-1), delta.view(-1), out.view(-1)
-    per_slice = stored.numel() // len(coefficients)
+        out = torch.empty_like(stored, memory_format=torch.contiguous_format)
     sums = torch.zeros(4, dtype=torch.float64, device=stored.device)
-    if per_slice == 0:
+    if stored.numel() == 0:
         return out, sums
+    flat_stored, flat_delta, flat_out = (
+        tensor.contiguous().view(-1) for tensor in (stored, delta, out)
+    )
+    flat_scales = None if scales is None else scales.contiguous().view(-1)
+    slices = len(coefficients)
+    size = stored.numel() // slices
     for i, coefficient in enumerate(coefficients):
-        begin = i * per_slice
-        parts = [tensor[begin : begin + per_slice] for tensor in flat]
-        sums += _dispatch(parts, coefficient, keep_bits, begin)
+        part = slice(i * size, (i + 1) * size)
+        sums += _dispatch(
+            Addition(
+                flat_stored[part],
+                flat_delta[part],
+                flat_out[part],
+                coefficient,
+                scales=None if flat_scales is None else flat_scales.chunk(slices)[i],
+                row_length=stored.shape[-1] if stored.ndim else 1,
+                keep_bits=keep_bits,
+                rounding_key=rounding_key,
+                first=i * size,
+            )
+        )
     return out, sums
 
 
-def _dispatch(
-    parts: list[torch.Tensor], coefficient: float, keep_bits: torch.Tensor | None, begin: int
-) -> torch.Tensor:
-    stored, delta, out = parts
-    if stored.device.type == "cuda":  # ROCm too
+def _dispatch(addition: Addition) -> torch.Tensor:
+    device = addition.stored.device
+    if device.type == "cuda":  # ROCm too
         from enchtable_kernels.triton_add import fused_add_triton
 
-        with torch.cuda.device(stored.device):
-            return fused_add_triton(stored, delta, coefficient, out, keep_bits, begin)
-    if keep_bits is not None and begin % 8:
-        # The chunked path reads whole bytes; realign the few masks that start inside one.
-        keep = unpack_keep(keep_bits, begin + stored.numel())[begin:]
-        keep_bits = pack_keep(keep)
-    elif keep_bits is not None:
-        keep_bits = keep_bits[begin // 8 :]
-    path = fused_add_cpu if stored.device.type == "cpu" else fused_add_reference
-    return path(stored, delta, coefficient, out, keep_bits)
+        with torch.cuda.device(device):
+            return fused_add_triton(addition)
+    if device.type == "cpu":
+        from enchtable_kernels.cpu import fused_add_cpu
+
+        return fused_add_cpu(addition)
+    return fused_add_reference(addition)
 
 
 def pack_keep(keep: torch.Tensor) -> torch.Tensor:
@@ -93,25 +107,40 @@ def _check(
     stored: torch.Tensor,
     delta: torch.Tensor,
     coefficients: Sequence[float],
+    scales: torch.Tensor | None,
     keep_bits: torch.Tensor | None,
+    rounding_key: int | None,
     out: torch.Tensor | None,
 ) -> None:
-    for name, tensor in (("stored", stored), ("delta", delta)):
-        if tensor.dtype not in FLOAT_DTYPES:
-            raise ValueError(f"{name}: expected bf16, fp16 or fp32, got {tensor.dtype}")
+    if stored.dtype not in FLOAT_DTYPES:
+        raise ValueError(f"stored: expected bf16, fp16 or fp32, got {stored.dtype}")
+    kinds = FLOAT_DTYPES if scales is None else (torch.int8,)
+    if delta.dtype not in kinds:
+        wanted = "bf16, fp16 or fp32" if scales is None else "int8, because it has scales"
+        raise ValueError(f"delta: expected {wanted}, got {delta.dtype}")
     if delta.shape != stored.shape:
         raise ValueError(f"delta: expected shape {tuple(stored.shape)}, got {tuple(delta.shape)}")
-    if delta.device != stored.device:
-        raise ValueError(f"delta: expected device {stored.device}, got {delta.device}")
-    stack = stored.shape[0] if stored.ndim else 1
+    for name, tensor in (("delta", delta), ("scales", scales), ("keep_bits", keep_bits)):
+        if tensor is not None and tensor.device != stored.device:
+            raise ValueError(f"{name}: expected device {stored.device}, got {tensor.device}")
+    stack = stored.shape[0] if stored.ndim > 1 else 1
     if len(coefficients) != 1 and len(coefficients) != stack:
         raise ValueError(f"coefficients: expected 1 or {stack}, got {len(coefficients)}")
-    if keep_bits is not None:
-        expected = (stored.numel() + 7) // 8
-        if keep_bits.dtype != torch.uint8 or keep_bits.numel() != expected:
+    if scales is not None:
+        rows = stored.shape if stored.ndim else (1,)
+        expected = (*rows[:-1], scales_per_row(rows[-1]))
+        if scales.dtype != torch.float32 or tuple(scales.shape) != expected:
             raise ValueError(
-                f"keep_bits: expected {expected} uint8, got {keep_bits.numel()} {keep_bits.dtype}"
+                f"scales: expected fp32 {expected}, got {scales.dtype} {tuple(scales.shape)}"
             )
+    if keep_bits is not None:
+        count = (stored.numel() + 7) // 8
+        if keep_bits.dtype != torch.uint8 or keep_bits.shape != (count,):
+            raise ValueError(
+                f"keep_bits: expected {count} uint8, got {tuple(keep_bits.shape)} {keep_bits.dtype}"
+            )
+    if rounding_key is not None and not 0 <= rounding_key < 2**64:
+        raise ValueError(f"rounding_key: expected 64 bits, got {rounding_key}")
     if out is not None and (
         out.shape != stored.shape or out.dtype != stored.dtype or not out.is_contiguous()
     ):

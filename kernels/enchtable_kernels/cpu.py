@@ -1,62 +1,276 @@
-"""The CPU path: chunks that stay in each core's cache, every op spread over all threads.
+"""The CPU path: one compiled loop over blocks that stay in the first-level cache.
 
-torch splits an elementwise op of ``n`` elements statically over its threads, so the same
-thread meets the same part of a chunk in each of the ops below and finds it in its own L2.
-Threads are torch's own: a process bound to certain cores stays bound.
+numba, which vLLM itself depends on, compiles it on first use (a second or two) and keeps the
+result on disk. Written block by block in plain loops over 32-bit patterns, because that is
+what LLVM turns into full-width vector code; nothing is fused or reordered except the sums.
 """
 
 from __future__ import annotations
 
+import functools
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
 import torch
+from numba import njit
 
-from enchtable_kernels.reference import unpack_keep
+from enchtable_kernels._addition import SCALE_BLOCK, Addition, scales_per_row
 
-#: fp32 scratch of 3 × 128 KiB per thread: fits the L2 of server CPUs of the last ten years.
-_CHUNK_PER_THREAD = 32768
+_BLOCK = 2048
+#: Below this many elements a thread costs more than it gives.
+_LEAST_PER_THREAD = 65_536
+_BF16, _F16, _F32, _INT8 = range(4)
+_KINDS = {torch.bfloat16: _BF16, torch.float16: _F16, torch.float32: _F32, torch.int8: _INT8}
+_PATTERNS = {1: torch.int8, 2: torch.uint16, 4: torch.uint32}
+_NONE_U8 = np.empty(0, np.uint8)
+_NONE_F32 = np.empty(0, np.float32)
 
 
-def fused_add_cpu(
-    stored: torch.Tensor,
-    delta: torch.Tensor,
-    coefficient: float,
-    out: torch.Tensor,
-    keep_bits: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """See the package docstring. All tensors flat and of one length, on the CPU.
+def _compiled(**flags: Any) -> Callable[[Callable[..., Any]], Any]:
+    def decorate(function: Callable[..., Any]) -> Any:
+        try:
+            return njit(nogil=True, cache=True, **flags)(function)
+        except RuntimeError:  # no folder to keep it in, such as a read-only system without a home
+            return njit(nogil=True, **flags)(function)
+
+    return decorate
+
+
+def fused_add_cpu(addition: Addition) -> torch.Tensor:
+    """See the package docstring.
 
     Returns:
         ``[4]`` float64: intended_sq, added_sq, overlap, non_finite.
     """
-    count = stored.numel()
-    chunk = min(count, _CHUNK_PER_THREAD * torch.get_num_threads())
-    scratch = torch.empty((3, chunk), dtype=torch.float32, device="cpu")
-    c = torch.tensor(coefficient, dtype=torch.float32, device="cpu")
-    intended_sq = added_sq = overlap = 0.0
-    non_finite = 0
-    for start in range(0, count, chunk):
-        stop = min(start + chunk, count)
-        before, product, merged = scratch[:, : stop - start]
-        before.copy_(stored[start:stop])
-        product.copy_(delta[start:stop])
-        product.mul_(c)
-        if keep_bits is not None:
-            # Chunks start at whole bytes: their size is a multiple of 8.
-            bits = unpack_keep(keep_bits[start // 8 : (stop + 7) // 8], stop - start)
-            product.masked_fill_(~bits, 0.0)
-        torch.add(before, product, out=merged)
-        if keep_bits is not None:
-            # x + 0 is x, but for -0 + 0 = +0: what is left out must keep every bit.
-            torch.where(bits, merged, before, out=merged)
-        target = out[start:stop]
-        target.copy_(merged)
-        merged.copy_(target)
-        added = merged.sub_(before)
-        intended_sq += product.dot(product).item()
-        chunk_added_sq = added.dot(added).item()
-        added_sq += chunk_added_sq
-        overlap += added.dot(product).item()
-        if not chunk_added_sq < float("inf"):  # NaN too: only then is counting worth a pass
-            non_finite += int((~torch.isfinite(target)).sum())
-    return torch.tensor(
-        (intended_sq, added_sq, overlap, non_finite), dtype=torch.float64, device="cpu"
+    count = addition.stored.numel()
+    threads = max(1, min(torch.get_num_threads(), count // _LEAST_PER_THREAD))
+    blocks = -(-count // _BLOCK)
+    edges = [min(count, blocks * i // threads * _BLOCK) for i in range(threads + 1)]
+    sums = np.zeros((threads, 4))
+    key = addition.rounding_key
+    stochastic = key is not None and addition.stored.dtype == torch.bfloat16
+    add = functools.partial(
+        _add,
+        _patterns(addition.stored),
+        _KINDS[addition.stored.dtype],
+        _patterns(addition.delta),
+        _KINDS[addition.delta.dtype],
+        _patterns(addition.out),
+        np.float32(addition.coefficient),
+        _NONE_F32 if addition.scales is None else addition.scales.numpy(),
+        addition.row_length,
+        scales_per_row(addition.row_length),
+        _NONE_U8 if addition.keep_bits is None else addition.keep_bits.numpy(),
+        stochastic,
+        np.uint64(key or 0),
+        addition.first,
     )
+    others = [
+        _pool(os.getpid()).submit(add, edges[i], edges[i + 1], sums[i]) for i in range(1, threads)
+    ]
+    add(edges[0], edges[1], sums[0])
+    for other in others:
+        other.result()
+    return torch.from_numpy(sums.sum(axis=0))
+
+
+@functools.cache
+def _pool(_: int) -> ThreadPoolExecutor:
+    """Of this process: a forked child has none of its parent's threads."""
+    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="enchtable-add")
+
+
+def _patterns(tensor: torch.Tensor) -> np.ndarray:
+    """The tensor's bit patterns: numpy has no bf16."""
+    return tensor.detach().view(_PATTERNS[tensor.element_size()]).numpy()
+
+
+@_compiled()
+def _add(
+    stored: Any,
+    stored_kind: int,
+    delta: Any,
+    delta_kind: int,
+    out: Any,
+    coefficient: float,
+    scales: Any,
+    row_length: int,
+    row_scales: int,
+    keep_bits: Any,
+    stochastic: bool,
+    key: int,
+    first: int,
+    start: int,
+    stop: int,
+    sums: Any,
+) -> None:
+    """Elements ``start`` to ``stop``; ``sums`` receives the four sums."""
+    before_bits = np.empty(_BLOCK, np.uint32)
+    product_bits = np.empty(_BLOCK, np.uint32)
+    after_bits = np.empty(_BLOCK, np.uint32)
+    before = before_bits.view(np.float32)
+    product = product_bits.view(np.float32)
+    after = after_bits.view(np.float32)
+    keep = np.empty(_BLOCK, np.bool_)
+    for at in range(start, stop, _BLOCK):
+        n = min(_BLOCK, stop - at)
+        _widen(stored[at : at + n], stored_kind, before_bits, before)
+        _widen(delta[at : at + n], delta_kind, product_bits, product)
+        if scales.size:
+            _scale(product, n, at, scales, row_length, row_scales)
+        for i in range(n):
+            product[i] = product[i] * coefficient
+        if keep_bits.size:
+            for i in range(n):
+                bit = first + at + i
+                keep[i] = (keep_bits[bit >> 3] >> (bit & 7)) & 1
+                if not keep[i]:
+                    product[i] = np.float32(0)
+        for i in range(n):
+            after[i] = before[i] + product[i]
+        if stochastic:
+            _add_noise(after_bits, n, key, first + at)
+        _round(after_bits, after, n, stored_kind, stochastic)
+        if keep_bits.size:
+            for i in range(n):  # x + 0 is x, but for -0 + 0 = +0: what is left out keeps every bit
+                if not keep[i]:
+                    after_bits[i] = before_bits[i]
+        _narrow(after_bits, n, stored_kind, out[at : at + n])
+        _sum(before, product, after, n, sums)
+
+
+@_compiled()
+def _widen(source: Any, kind: int, bits: Any, values: Any) -> None:
+    """Any dtype to fp32, exactly."""
+    n = source.size
+    if kind == _BF16:
+        for i in range(n):
+            bits[i] = np.uint32(source[i]) << np.uint32(16)
+    elif kind == _F16:
+        for i in range(n):
+            magnitude = np.uint32(source[i]) & np.uint32(0x7FFF)
+            bits[i] = magnitude << np.uint32(13)
+        for i in range(n):  # the exponent's bias, 127 - 15; subnormals come out right too
+            values[i] = values[i] * np.float32(2.0**112)
+        for i in range(n):
+            half = np.uint32(source[i])
+            if (half & np.uint32(0x7C00)) == np.uint32(0x7C00):
+                bits[i] |= np.uint32(0x7F800000)
+            bits[i] |= (half & np.uint32(0x8000)) << np.uint32(16)
+    elif kind == _F32:
+        for i in range(n):
+            bits[i] = np.uint32(source[i])
+    else:
+        for i in range(n):
+            values[i] = np.float32(source[i])
+
+
+@_compiled()
+def _scale(values: Any, n: int, at: int, scales: Any, row_length: int, row_scales: int) -> None:
+    """Multiply each run of elements that share a scale by it."""
+    i = 0
+    while i < n:
+        row, column = (at + i) // row_length, (at + i) % row_length
+        run = min(n - i, row_length - column, SCALE_BLOCK - column % SCALE_BLOCK)
+        scale = scales[row * row_scales + column // SCALE_BLOCK]
+        for j in range(i, i + run):
+            values[j] = values[j] * scale
+        i += run
+
+
+@_compiled()
+def _add_noise(bits: Any, n: int, key: int, first: int) -> None:
+    """See `reference.noise`."""
+    low_key, high_key = np.uint32(key), np.uint32(key >> np.uint64(32))
+    for i in range(n):
+        index = np.uint64(first + i)
+        x = np.uint32(index) ^ low_key
+        x ^= x >> np.uint32(16)
+        x = np.uint32(x * np.uint32(0x7FEB352D))
+        x ^= x >> np.uint32(15)
+        x = np.uint32(x * np.uint32(0x846CA68B))
+        x ^= x >> np.uint32(16)
+        x ^= np.uint32(index >> np.uint64(32)) ^ high_key
+        x ^= x >> np.uint32(16)
+        x = np.uint32(x * np.uint32(0x7FEB352D))
+        x ^= x >> np.uint32(15)
+        x = np.uint32(x * np.uint32(0x846CA68B))
+        x ^= x >> np.uint32(16)
+        if bits[i] & np.uint32(0x7FFFFFFF) < np.uint32(0x7F800000):
+            bits[i] = np.uint32(bits[i] + (x >> np.uint32(16)))
+
+
+@_compiled()
+def _round(bits: Any, values: Any, n: int, kind: int, truncate: bool) -> None:
+    """Round fp32 to the values that the stored dtype has, to nearest even; still as fp32."""
+    if kind == _BF16:
+        for i in range(n):
+            if bits[i] & np.uint32(0x7FFFFFFF) > np.uint32(0x7F800000):
+                bits[i] = np.uint32(0x7FC00000)  # a NaN, which a carry could turn into a number
+        if not truncate:
+            for i in range(n):
+                odd = (bits[i] >> np.uint32(16)) & np.uint32(1)
+                bits[i] = np.uint32(bits[i] + np.uint32(0x7FFF) + odd)
+        for i in range(n):
+            bits[i] &= np.uint32(0xFFFF0000)
+    elif kind == _F16:
+        for i in range(n):
+            sign = bits[i] & np.uint32(0x80000000)
+            magnitude = bits[i] & np.uint32(0x7FFFFFFF)
+            if magnitude < np.uint32(0x38800000):  # below 2^-14 halves are 2^-24 apart: so are
+                bits[i] = magnitude  #               fp32 numbers next to 0.5
+                rounded = values[i] + np.float32(0.5)
+                values[i] = rounded - np.float32(0.5)
+                bits[i] |= sign
+            elif magnitude < np.uint32(0x7F800000):
+                odd = (magnitude >> np.uint32(13)) & np.uint32(1)
+                magnitude = np.uint32(magnitude + np.uint32(0xFFF) + odd) & np.uint32(0xFFFFE000)
+                if magnitude >= np.uint32(0x47800000):  # 65536 and more
+                    magnitude = np.uint32(0x7F800000)
+                bits[i] = magnitude | sign
+
+
+@_compiled()
+def _narrow(bits: Any, n: int, kind: int, out: Any) -> None:
+    """Store fp32 patterns that the stored dtype holds exactly."""
+    if kind == _BF16:
+        for i in range(n):
+            out[i] = bits[i] >> np.uint32(16)
+    elif kind == _F32:
+        for i in range(n):
+            out[i] = bits[i]
+    else:
+        for i in range(n):
+            sign = (bits[i] >> np.uint32(16)) & np.uint32(0x8000)
+            magnitude = bits[i] & np.uint32(0x7FFFFFFF)
+            if magnitude >= np.uint32(0x7F800000):
+                quiet = np.uint32(0x200) if magnitude > np.uint32(0x7F800000) else np.uint32(0)
+                half = np.uint32(0x7C00) | quiet
+            elif magnitude >= np.uint32(0x38800000):
+                half = (magnitude - np.uint32(0x38000000)) >> np.uint32(13)
+            else:
+                # A multiple of 2^-24 below 2^-14: its mantissa, with the hidden bit, moved down.
+                exponent = magnitude >> np.uint32(23)
+                mantissa = (magnitude & np.uint32(0x7FFFFF)) | np.uint32(0x800000)
+                shift = np.uint32(126) - exponent
+                half = mantissa >> shift if exponent > np.uint32(0) else np.uint32(0)
+            out[i] = half | sign
+
+
+@_compiled(fastmath={"reassoc"})  # for these sums alone: they are statistics
+def _sum(before: Any, product: Any, after: Any, n: int, sums: Any) -> None:
+    intended_sq = added_sq = overlap = np.float32(0)
+    bad = 0
+    for i in range(n):
+        added = after[i] - before[i]
+        intended_sq += product[i] * product[i]
+        added_sq += added * added
+        overlap += added * product[i]
+        bad += after[i] - after[i] != np.float32(0)  # 0 for every finite number, else NaN
+    sums[0] += intended_sq
+    sums[1] += added_sq
+    sums[2] += overlap
+    sums[3] += bad

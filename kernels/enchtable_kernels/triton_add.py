@@ -1,13 +1,15 @@
 """The GPU path: one Triton kernel, one pass over memory.
 
-Bytes: with 16-bit tensors 6 an element (two read, one written), and the sums add 16 bytes
-per block of 2048. Whole blocks run without bounds, so that loads and stores are 128 bits
-wide whatever the length; only the last block masks.
+Bytes: with 16-bit tensors 6 an element (two read, one written), with an int8 delta 5.06; the
+sums add 16 bytes per block of 2048. Whole blocks run without bounds, so that loads and stores
+are 128 bits wide whatever the length; only the last block masks. A block is a tile of 32 × 64,
+because 64 elements share a scale: each thread then loads the one or two scales it needs.
 
 Rounding to bf16 is done on the integer bits (add 0x7fff plus the lowest kept bit, drop 16
 bits): the same code then runs on every target, and under Triton's interpreter, whose own
 fp32→bf16 cast truncates (seen on 3.9). It costs four integer operations an element, which
-hide behind the memory traffic. fp32→fp16 rounds to nearest even on every target.
+hide behind the memory traffic; stochastic rounding costs about twenty more. fp32→fp16 rounds
+to nearest even on every target.
 """
 
 from __future__ import annotations
@@ -16,19 +18,62 @@ import torch
 import triton
 import triton.language as tl
 
+from enchtable_kernels._addition import SCALE_BLOCK, Addition, scales_per_row
+
 BLOCK = 2048
 NUM_WARPS = 4
 
+#: How a block finds its scales: there are none; element ``i`` has scale ``i // 64``, because
+#: rows are whole blocks; or rows end inside a block.
+NO_SCALES, WHOLE_SCALES, RAGGED_SCALES = range(3)
+
 
 @triton.jit
-def _round_like(value, out_ptr):
-    """Round fp32 to the dtype that ``out_ptr`` points at, to nearest even."""
+def _widen(value):
+    """Any dtype to fp32, exactly. Bits for bf16: the interpreter's own cast loses subnormals."""
+    if value.dtype == tl.bfloat16:
+        return (value.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:  # noqa: RET505 (Triton: both branches of a compile-time choice must be branches)
+        return value.to(tl.float32)
+
+
+@triton.jit
+def _lowbias32(x):
+    x = x ^ (x >> 16)
+    x = x * 0x7FEB352D
+    x = x ^ (x >> 15)
+    x = x * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _noise(index, key_low, key_high):
+    """See `reference.noise`."""
+    x = _lowbias32(index.to(tl.uint32) ^ key_low.to(tl.uint32, bitcast=True))
+    high = (index >> 32).to(tl.uint32) ^ key_high.to(tl.uint32, bitcast=True)
+    return _lowbias32(x ^ high) >> 16
+
+
+@triton.jit
+def _round_like(value, out_ptr, index, key_low, key_high, STOCHASTIC: tl.constexpr):
+    """Round fp32 to the dtype that ``out_ptr`` points at, to nearest even or stochastically."""
     if out_ptr.dtype.element_ty == tl.bfloat16:
         bits = value.to(tl.uint32, bitcast=True)
-        bits = bits + (0x7FFF + ((bits >> 16) & 1))
+        if STOCHASTIC:
+            bits = bits + _noise(index, key_low, key_high)
+        else:
+            bits = bits + (0x7FFF + ((bits >> 16) & 1))
         return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    else:  # noqa: RET505 (Triton: both branches of a compile-time choice must be branches)
+    else:  # noqa: RET505 (as above)
         return value.to(out_ptr.dtype.element_ty)
+
+
+@triton.jit
+def _load(pointers, inside, BOUNDED: tl.constexpr):
+    if BOUNDED:
+        return tl.load(pointers, mask=inside, other=0)
+    else:  # noqa: RET505 (as above)
+        return tl.load(pointers)
 
 
 @triton.jit
@@ -36,37 +81,44 @@ def _add_block(
     stored_ptr,
     delta_ptr,
     out_ptr,
+    scales_ptr,
     keep_ptr,
     sums_ptr,
     coefficient,
-    keep_start,
+    row_length,
+    row_scales,
+    key_low,
+    key_high,
+    first,
     count,
     pid,
+    SCALES: tl.constexpr,
     HAS_KEEP: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
     BLOCK: tl.constexpr,
     BOUNDED: tl.constexpr,
 ):
     # 64-bit offsets: tensors may hold more than 2^31 elements.
-    offsets = pid.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    if BOUNDED:
-        inside = offsets < count
-        stored = tl.load(stored_ptr + offsets, mask=inside, other=0.0)
-        delta = tl.load(delta_ptr + offsets, mask=inside, other=0.0)
-    else:
-        stored = tl.load(stored_ptr + offsets)
-        delta = tl.load(delta_ptr + offsets)
-    before = stored.to(tl.float32)
-    product = delta.to(tl.float32) * coefficient
+    rows = pid.to(tl.int64) * (BLOCK // 64) + tl.arange(0, BLOCK // 64)
+    offsets = rows[:, None] * 64 + tl.arange(0, 64)[None, :]
+    inside = offsets < count
+    stored = _load(stored_ptr + offsets, inside, BOUNDED)
+    delta = _load(delta_ptr + offsets, inside, BOUNDED)
+    before = _widen(stored)
+    product = _widen(delta)
+    if SCALES == 1:  # WHOLE_SCALES
+        product = product * _load(scales_ptr + rows, rows * 64 < count, BOUNDED)[:, None]
+    if SCALES == 2:  # RAGGED_SCALES
+        at = offsets // row_length * row_scales + offsets % row_length // 64
+        product = product * _load(scales_ptr + at, inside, BOUNDED)
+    product = product * coefficient
+    index = offsets + first
     if HAS_KEEP:
-        bit = offsets + keep_start
-        if BOUNDED:
-            packed = tl.load(keep_ptr + bit // 8, mask=inside, other=0)
-        else:
-            packed = tl.load(keep_ptr + bit // 8)
-        keep = ((packed.to(tl.int32) >> (bit % 8).to(tl.int32)) & 1) != 0
+        packed = _load(keep_ptr + index // 8, inside, BOUNDED)
+        keep = ((packed.to(tl.int32) >> (index % 8).to(tl.int32)) & 1) != 0
         product = tl.where(keep, product, 0.0)
     total = before + product
-    merged = _round_like(total, out_ptr)
+    merged = _round_like(total, out_ptr, index, key_low, key_high, STOCHASTIC)
     if HAS_KEEP:
         merged = tl.where(keep, merged, stored)
         total = tl.where(keep, total, before)
@@ -74,7 +126,7 @@ def _add_block(
         tl.store(out_ptr + offsets, merged, mask=inside)
     else:
         tl.store(out_ptr + offsets, merged)
-    after = merged.to(tl.float32)
+    after = _widen(merged)
     added = after - before
     # x - x is 0 for every finite x and NaN else; `total` catches a NaN that rounding would hide.
     bad = ((after - after) != 0.0) | ((total - total) != 0.0)
@@ -85,17 +137,26 @@ def _add_block(
     tl.store(row + 3, tl.sum(bad.to(tl.float32)))
 
 
-@triton.jit
+# Nothing but dtypes and alignment makes another variant: a model has tensors of many sizes, and
+# each variant would be compiled while it loads.
+@triton.jit(do_not_specialize=["row_length", "row_scales", "key_low", "key_high", "first", "count"])
 def fused_add_kernel(
     stored_ptr,
     delta_ptr,
     out_ptr,
+    scales_ptr,
     keep_ptr,
     sums_ptr,
     coefficient,
-    keep_start,
+    row_length,
+    row_scales,
+    key_low,
+    key_high,
+    first,
     count,
+    SCALES: tl.constexpr,
     HAS_KEEP: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program adds one block and stores its four sums at ``sums_ptr[4 · program]``."""
@@ -105,13 +166,20 @@ def fused_add_kernel(
             stored_ptr,
             delta_ptr,
             out_ptr,
+            scales_ptr,
             keep_ptr,
             sums_ptr,
             coefficient,
-            keep_start,
+            row_length,
+            row_scales,
+            key_low,
+            key_high,
+            first,
             count,
             pid,
+            SCALES,
             HAS_KEEP,
+            STOCHASTIC,
             BLOCK,
             BOUNDED=False,
         )
@@ -120,55 +188,66 @@ def fused_add_kernel(
             stored_ptr,
             delta_ptr,
             out_ptr,
+            scales_ptr,
             keep_ptr,
             sums_ptr,
             coefficient,
-            keep_start,
+            row_length,
+            row_scales,
+            key_low,
+            key_high,
+            first,
             count,
             pid,
+            SCALES,
             HAS_KEEP,
+            STOCHASTIC,
             BLOCK,
             BOUNDED=True,
         )
 
 
-def fused_add_triton(
-    stored: torch.Tensor,
-    delta: torch.Tensor,
-    coefficient: float,
-    out: torch.Tensor,
-    keep_bits: torch.Tensor | None = None,
-    keep_start: int = 0,
-) -> torch.Tensor:
-    """See the package docstring. All tensors flat, contiguous, on one GPU (or interpreted).
-
-    Args:
-        stored: ``[count]``, bf16/fp16/fp32.
-        delta: Likewise.
-        out: Likewise, of stored's dtype.
-        coefficient: Rounded to fp32.
-        keep_bits: Packed uint8, or None.
-        keep_start: The bit that belongs to element 0.
+def fused_add_triton(addition: Addition) -> torch.Tensor:
+    """See the package docstring; on one GPU, or interpreted.
 
     Returns:
         ``[4]`` float64 on the same device: intended_sq, added_sq, overlap, non_finite.
         Nothing waits for the device.
     """
-    count = stored.numel()
+    stored, scales, keep_bits = addition.stored, addition.scales, addition.keep_bits
+    count, key = stored.numel(), addition.rounding_key
     blocks = triton.cdiv(count, BLOCK)
     sums = torch.empty((blocks, 4), dtype=torch.float32, device=stored.device)
+    if scales is None:
+        found_by = NO_SCALES
+    elif addition.row_length % SCALE_BLOCK == 0:
+        found_by = WHOLE_SCALES
+    else:
+        found_by = RAGGED_SCALES
     fused_add_kernel[(blocks,)](
         stored,
-        delta,
-        out,
-        keep_bits if keep_bits is not None else stored,
+        addition.delta,
+        addition.out,
+        stored if scales is None else scales,
+        stored if keep_bits is None else keep_bits,
         sums,
-        coefficient,
-        keep_start,
+        addition.coefficient,
+        addition.row_length,
+        scales_per_row(addition.row_length),
+        _signed((key or 0) & 0xFFFFFFFF),
+        _signed((key or 0) >> 32),
+        addition.first,
         count,
+        SCALES=found_by,
         HAS_KEEP=keep_bits is not None,
+        STOCHASTIC=key is not None and stored.dtype == torch.bfloat16,
         BLOCK=BLOCK,
         num_warps=NUM_WARPS,
         enable_fp_fusion=False,
     )
     return sums.sum(dim=0, dtype=torch.float64)
+
+
+def _signed(half: int) -> int:
+    """32 bits as the signed number that Triton takes for an argument of one type, i32."""
+    return half - 2**32 if half >= 2**31 else half
