@@ -13,7 +13,8 @@ from enchtable_vllm.cli.output import print_json, progress_bar, say, warn
 from enchtable_vllm.cli.plan import check_device
 from enchtable_vllm.cli.vector import JsonOption
 from enchtable_vllm.merge import merge_checkpoint
-from enchtable_vllm.plan import read_plan, resolve_plan
+from enchtable_vllm.merge.report import Rounding
+from enchtable_vllm.plan import open_masks, read_plan, resolve_plan
 from enchtable_vllm.vector import SafetyVector, Scope
 
 
@@ -29,6 +30,9 @@ def merge(
         Scope | None, typer.Option(help="A part of the plan's scope.", show_default=False)
     ] = None,
     device: Annotated[str, typer.Option(help="Where to merge: cpu, cuda. Same bits.")] = "cpu",
+    rounding: Annotated[
+        Rounding, typer.Option(help="To bf16. Stochastic is experimental: see docs/method.md.")
+    ] = "nearest",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -40,6 +44,7 @@ def merge(
     check_device(device)
     made, digest = read_plan(plan)
     resolved = resolve_plan(made, digest, beta=beta, scope=scope)
+    masks = open_masks(made, plan)
     vector = SafetyVector.open(safety_vector)
     with progress_bar("Merging") as progress:
         report = merge_checkpoint(
@@ -48,6 +53,8 @@ def merge(
             resolved,
             output,
             device=torch.device(device),
+            masks=masks,
+            rounding=rounding,
             overwrite=overwrite,
             progress=progress,
         )

@@ -19,9 +19,9 @@ from enchtable_vllm.checkpoint import (
     ShardWriter,
     sampled_fingerprint,
 )
-from enchtable_vllm.merge.report import MergeReport
-from enchtable_vllm.merge.stream import MergeStream
-from enchtable_vllm.plan import PLAN_FILE, ResolvedPlan
+from enchtable_vllm.merge.report import MergeReport, Rounding
+from enchtable_vllm.merge.stream import MergeStream, check_rounding
+from enchtable_vllm.plan import PLAN_FILE, MergeMasks, ResolvedPlan
 from enchtable_vllm.progress import Progress, silent
 from enchtable_vllm.vector import VECTOR_MANIFEST, SafetyVector
 
@@ -35,6 +35,8 @@ def merge_checkpoint(
     out: Path,
     *,
     device: torch.device | None = None,
+    masks: MergeMasks | None = None,
+    rounding: Rounding = "nearest",
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> MergeReport:
@@ -46,6 +48,8 @@ def merge_checkpoint(
         resolved: The plan in force.
         out: The folder to make; it appears whole or not at all.
         device: Where to merge; the CPU by default. The bits are the same.
+        masks: Of the plan, if it has any.
+        rounding: See `MergeStream`.
         overwrite: Replace ``out``.
         progress: Called with each tensor's name, how many are done, and how many there are.
 
@@ -65,8 +69,16 @@ def merge_checkpoint(
         done += 1
         progress(name, done, len(task.tensors))
 
+    check_rounding(rounding, resolved, task)
     stream = MergeStream(
-        resolved, vector, what=task.what, device=device, digest_merged=True, on_tensor=on_tensor
+        resolved,
+        vector,
+        what=task.what,
+        device=device,
+        masks=masks,
+        rounding=rounding,
+        digest_merged=True,
+        on_tensor=on_tensor,
     )
     inputs = (task.folder, vector.location.path)
     with FolderTransaction(out, overwrite=overwrite, inputs=inputs) as folder:

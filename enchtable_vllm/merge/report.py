@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from enchtable_kernels import Effect
 from enchtable_vllm.checkpoint import short
 from enchtable_vllm.plan import ResolvedPlan
+
+Rounding = Literal["nearest", "stochastic"]
 
 #: Below this share, storage rounds most of the vector away.
 _LOW_RETAINED_SHARE = 0.5
@@ -42,6 +45,7 @@ class MergeReport:
     Attributes:
         resolved: The plan in force.
         effects: Merged tensor → what the addition did.
+        rounding: How sums were rounded to the stored dtype.
         kept: How many tensors went through bit for bit.
         filtered: Tensors of the plan that this rank never sees (other ranks' experts).
         seconds: From the first tensor to the last.
@@ -50,6 +54,7 @@ class MergeReport:
 
     resolved: ResolvedPlan
     effects: dict[str, Effect] = field(default_factory=dict)
+    rounding: Rounding = "nearest"
     kept: int = 0
     filtered: int = 0
     seconds: float = 0.0
@@ -67,13 +72,14 @@ class MergeReport:
         """Counts, effect, and the identity of everything that went in."""
         plan, total = self.resolved.plan, self.total
         weights = f"merged weights {short(self.merged_digest)}, " if self.merged_digest else ""
+        rounding = "" if self.rounding == "nearest" else f", rounding {self.rounding}"
         return (
             f"safety vector merged: {len(self.effects)} merged, {self.kept} kept, "
             f"{self.filtered} filtered; retained share {total.retained_share:.3f}, "
-            f"cosine {total.cosine:.3f}; "
+            f"cosine {total.cosine:.3f}, relative error {total.relative_error:.3f}; "
             f"vector '{plan.safety_vector.name}' {short(plan.safety_vector.fingerprint)}, "
             f"plan {short(self.resolved.digest)}, beta {self.resolved.beta:g}, "
-            f"scope {self.resolved.scope}; {weights}{self.seconds:.2f} s"
+            f"scope {self.resolved.scope}{rounding}; {weights}{self.seconds:.2f} s"
         )
 
     def warnings(self) -> list[str]:
@@ -92,6 +98,7 @@ class MergeReport:
             "retained_share": total.retained_share,
             "cosine": total.cosine,
             "relative_error": total.relative_error,
+            "rounding": self.rounding,
             "safety_vector": plan.safety_vector.model_dump(mode="json", exclude_none=True),
             "merged_digest": self.merged_digest,
             "plan_digest": self.resolved.digest,

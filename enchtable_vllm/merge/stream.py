@@ -13,18 +13,42 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from blake3 import blake3
 
 from enchtable_kernels import FLOAT_DTYPES, Effect, fused_add
-from enchtable_vllm.checkpoint import combine_digests, tensor_digest
+from enchtable_vllm.checkpoint import Checkpoint, combine_digests, tensor_digest
 from enchtable_vllm.errors import (
+    ConfigError,
     IncompleteMergeError,
+    MergePlanError,
     MismatchError,
     NonFiniteError,
     summarize_faults,
 )
-from enchtable_vllm.merge.report import MergeReport
-from enchtable_vllm.plan import ResolvedPlan
+from enchtable_vllm.merge.report import MergeReport, Rounding
+from enchtable_vllm.plan import MergeMasks, ResolvedPlan
 from enchtable_vllm.vector import SafetyVector
+
+
+def check_rounding(rounding: Rounding, resolved: ResolvedPlan, task: Checkpoint) -> None:
+    """Refuse stochastic rounding where it is not defined.
+
+    Raises:
+        ConfigError: A tensor to be merged is stored in fp16.
+    """
+    halves = [f"'{n}'" for n in resolved.coefficients if task.tensors[n].dtype == "F16"]
+    if rounding == "stochastic" and halves:
+        raise ConfigError(
+            f"rounding 'stochastic' and {task.what}",
+            expected="bf16 or fp32 where the plan merges",
+            got=f"fp16: {summarize_faults(halves)}",
+            fix="Round to nearest, or convert the checkpoint to bf16.",
+        )
+
+
+def _rounding_key(name: str) -> int:
+    """64 bits of the name's hash: every rank, device and run draws the same noise."""
+    return int.from_bytes(blake3(name.encode()).digest()[:8], "little")
 
 
 class MergeStream:
@@ -40,6 +64,9 @@ class MergeStream:
             and adding then overlap with what the consumer does. Only for a source whose tensors
             stay valid while it goes on.
         may_filter: Whether the source may leave a planned tensor out (other ranks' experts).
+        masks: Of the plan, if it has any.
+        rounding: ``stochastic`` rounds bf16 up or down at random, with noise that depends on the
+            tensor's name and the element's index alone. Experimental.
         foreign: Whether tensors that the plan does not know may come through untouched (a
             model's secondary weights).
         verify_content: Whether every stored byte is checked against the plan.
@@ -55,6 +82,8 @@ class MergeStream:
         what: str,
         device: torch.device | None = None,
         ahead: int = 0,
+        masks: MergeMasks | None = None,
+        rounding: Rounding = "nearest",
         may_filter: Callable[[str], bool] = lambda _: False,
         foreign: bool = False,
         verify_content: bool = False,
@@ -66,6 +95,15 @@ class MergeStream:
         self._what = what
         self._device = device
         self._ahead = ahead
+        if (masks is None) != (resolved.plan.masks is None):
+            raise MergePlanError(
+                "merge plan",
+                expected="its own masks" if masks is None else "no masks",
+                got="none" if masks is None else "some",
+                fix="Open them with 'open_masks'; a plan and its masks belong together.",
+            )
+        self._masks = masks
+        self._rounding = rounding
         self._may_filter = may_filter
         self._foreign = foreign
         self._verify_content = verify_content
@@ -157,7 +195,15 @@ class MergeStream:
         if self._device is not None:
             stored = stored.to(self._device)
         delta = delta.to(stored.device)
-        merged, sums = fused_add(stored, delta.values, coefficients, scales=delta.scales)
+        keep_bits = self._masks.read(name, stored.numel()) if self._masks else None
+        merged, sums = fused_add(
+            stored,
+            delta.values,
+            coefficients,
+            scales=delta.scales,
+            keep_bits=None if keep_bits is None else keep_bits.to(stored.device),
+            rounding_key=_rounding_key(name) if self._rounding == "stochastic" else None,
+        )
         self._sums[name] = sums
         if self._digests is not None:
             self._digests[name] = tensor_digest(merged)
@@ -190,6 +236,7 @@ class MergeStream:
         report = MergeReport(
             self._resolved,
             effects,
+            rounding=self._rounding,
             kept=len(self._kept),
             filtered=len(absent),
             seconds=seconds,

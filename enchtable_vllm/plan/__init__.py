@@ -1,6 +1,7 @@
 """Merge plans: what is added to which tensor, decided once and reviewable."""
 
 from enchtable_vllm.plan.compute import PlanOptions, compute_plan
+from enchtable_vllm.plan.masks import MaskOptions, MergeMasks, open_masks
 from enchtable_vllm.plan.merge_plan import (
     PLAN_FILE,
     MergePlan,
@@ -12,6 +13,8 @@ from enchtable_vllm.plan.resolve import ResolvedPlan, read_plan, resolve_plan
 
 __all__ = [
     "PLAN_FILE",
+    "MaskOptions",
+    "MergeMasks",
     "MergePlan",
     "PlanOptions",
     "PlannedTensor",
@@ -19,6 +22,7 @@ __all__ = [
     "VectorLocation",
     "VectorReference",
     "compute_plan",
+    "open_masks",
     "read_plan",
     "resolve_plan",
 ]

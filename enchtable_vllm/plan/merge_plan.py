@@ -6,7 +6,14 @@ import json
 from pathlib import PurePosixPath
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    model_validator,
+)
 
 from enchtable_vllm.checkpoint import Fingerprint
 from enchtable_vllm.checkpoint.location import REPO_ID
@@ -14,6 +21,8 @@ from enchtable_vllm.plan.interference import Rung
 from enchtable_vllm.vector import ModelReference, Scope
 
 PLAN_FILE = "merge_plan.json"
+#: ``keep_bits.safetensors``, in a folder of its own.
+MASKS_STEM = "keep_bits"
 
 Finite = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(allow_inf_nan=False)]
@@ -40,11 +49,35 @@ class VectorLocation(BaseModel):
         ):
             raise ValueError("give either 'path', or 'repo_id' and 'commit'")
         if self.path is not None:
-            path = PurePosixPath(self.path)
-            odd = set(self.path) & set("\\\0~")
-            if path.is_absolute() or ".." in path.parts or odd or not path.parts:
-                raise ValueError("'path' must lead into the plan's own folder")
+            _leads_inside(self.path)
         return self
+
+
+def _leads_inside(path: str) -> str:
+    parts = PurePosixPath(path).parts
+    odd = set(path) & set("\\\0~")
+    if PurePosixPath(path).is_absolute() or ".." in parts or odd or not parts:
+        raise ValueError("'path' must lead into the plan's own folder")
+    return path
+
+
+class MaskReference(BaseModel):
+    """Where the masks of a plan are, and how they were chosen.
+
+    Attributes:
+        path: A folder inside the plan's own; it holds ``keep_bits.safetensors``.
+        density: The share of each delta, by magnitude, that is kept; None: all of it.
+        drop_sign_conflicts: Whether elements are left out where the safety and the task vector
+            disagree in sign.
+        kept_share: Of all elements of the merged tensors.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    path: Annotated[str, AfterValidator(_leads_inside)]
+    density: Annotated[float, Field(gt=0, le=1)] | None = None
+    drop_sign_conflicts: bool = False
+    kept_share: Annotated[float, Field(ge=0, le=1)]
 
 
 class VectorReference(BaseModel):
@@ -76,6 +109,7 @@ class PlannedTensor(BaseModel):
         a, b: interference = a · norm scale + b.
         interference, attenuation, coefficient: At the plan's own β and scope.
         rungs: Which algorithm each matrix's factors needed: task's, safety's.
+        keep_digest: blake3 of its packed mask, where the plan has masks.
         retained_share: Expected after rounding to the task tensor's dtype.
     """
 
@@ -91,6 +125,7 @@ class PlannedTensor(BaseModel):
     attenuation: tuple[Annotated[float, Field(ge=0, le=1)], ...] = ()
     coefficient: tuple[Finite, ...] = ()
     rungs: tuple[tuple[Rung, Rung], ...] = ()
+    keep_digest: Fingerprint | None = None
     retained_share: Share | None = None
 
     @model_validator(mode="after")
@@ -120,6 +155,7 @@ class MergePlan(BaseModel):
         safety_norm: ‖S‖₂ over the merged tensors.
         norm_scale: n = β · task_norm / safety_norm.
         retained_share: Expected, over all merged tensors.
+        masks: Which elements take part; None: all, the method as published.
         unused: Tensors of base model or vector that the task model does not have, with the reason.
         tensors: Every tensor of the task model.
     """
@@ -137,8 +173,20 @@ class MergePlan(BaseModel):
     safety_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     norm_scale: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     retained_share: Share
+    masks: MaskReference | None = None
     unused: dict[str, str] = {}
     tensors: dict[str, PlannedTensor]
+
+    @model_validator(mode="after")
+    def _masks_are_complete(self) -> Self:
+        for name, tensor in self.tensors.items():
+            wanted = self.masks is not None and tensor.action == "merge"
+            if (tensor.keep_digest is not None) != wanted:
+                raise ValueError(
+                    f"'{name}': a plan with masks has a keep_digest for each merged tensor, "
+                    "and others have none"
+                )
+        return self
 
     @property
     def merged(self) -> dict[str, PlannedTensor]:

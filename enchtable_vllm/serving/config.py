@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from enchtable_vllm.errors import ConfigError
+from enchtable_vllm.merge.report import Rounding
 from enchtable_vllm.vector import Scope
 from enchtable_vllm.vector.safety_vector import describe_validation_error
 
@@ -26,6 +27,8 @@ class LoaderConfig(BaseModel):
         verify: How the task model is checked: ``sampled`` fingerprints, or every byte
             (``content``), which also logs a digest of the merged weights. The vector is
             always checked to the last byte.
+        rounding: How sums are rounded to bf16: ``nearest``, or ``stochastic`` (experimental: it
+            keeps in the mean what rounding to nearest loses, and adds noise).
         inner_load_format: vLLM's load format for the stored weights.
         inner_extra_config: The extra config of that format.
     """
@@ -38,6 +41,7 @@ class LoaderConfig(BaseModel):
     beta: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     scope: Scope | None = None
     verify: Literal["sampled", "content"] = "sampled"
+    rounding: Rounding = "nearest"
     inner_load_format: Reference = "auto"
     inner_extra_config: dict[str, Any] = {}
 

@@ -161,6 +161,8 @@ class EnchTableModelLoader(compat.BaseModelLoader):  # type: ignore[misc]  # vll
             # On the GPU that the weights go to; elsewhere each tensor is merged where it is.
             device=device if device.type == "cuda" else None,
             ahead=int(compat.may_look_ahead(self._inner)),
+            masks=prepared.masks,
+            rounding=self.config.rounding,
             may_filter=lambda name: compat.is_skipped_expert(self._inner, name),
             foreign=bool(getattr(model, "secondary_weights", ())),
             verify_content=self.config.verify == "content",

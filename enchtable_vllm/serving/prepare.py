@@ -14,15 +14,19 @@ from enchtable_vllm.checkpoint import (
     sampled_fingerprint,
 )
 from enchtable_vllm.errors import MergePlanError
+from enchtable_vllm.merge.stream import check_rounding
 from enchtable_vllm.plan import (
     PLAN_FILE,
+    MergeMasks,
     MergePlan,
     PlanOptions,
     ResolvedPlan,
+    open_masks,
     read_plan,
     resolve_plan,
 )
 from enchtable_vllm.plan.cache import cached_plan
+from enchtable_vllm.plan.merge_plan import MASKS_STEM
 from enchtable_vllm.progress import Progress, silent
 from enchtable_vllm.serving.config import LoaderConfig
 from enchtable_vllm.vector import SafetyVector
@@ -38,12 +42,14 @@ class Prepared:
         what: How an error message calls the task model.
         resolved: The plan in force.
         vector: The safety vector.
+        masks: The plan's, if it has any.
     """
 
     task: Location
     what: str
     resolved: ResolvedPlan
     vector: SafetyVector
+    masks: MergeMasks | None
 
 
 def prepare(
@@ -72,6 +78,7 @@ def prepare(
     checkpoint = Checkpoint(task.path, what="task model")
     checkpoint.refuse_quantized()
     fingerprint = sampled_fingerprint(checkpoint)
+    masks = None
     if config.base_model is not None:
         assert config.safety_vector is not None  # LoaderConfig sees to it
         vector = SafetyVector.open(config.safety_vector, cache_dir=cache_dir)
@@ -82,11 +89,13 @@ def prepare(
         path = _find_plan(config, task, cache_dir)
         plan, digest = read_plan(path)
         vector = _open_vector(config, plan, path, cache_dir)
+        masks = open_masks(plan, path)
     resolved = resolve_plan(plan, digest, beta=config.beta, scope=config.scope)
     resolved.check_vector(vector)
     resolved.check_task_model(fingerprint, checkpoint.what)
     resolved.check_headers(checkpoint, vector)
-    return Prepared(task, checkpoint.what, resolved, vector)
+    check_rounding(config.rounding, resolved, checkpoint)
+    return Prepared(task, checkpoint.what, resolved, vector, masks)
 
 
 def _find_plan(config: LoaderConfig, task: Location, cache_dir: str | None) -> Path:
@@ -104,7 +113,9 @@ def _find_plan(config: LoaderConfig, task: Location, cache_dir: str | None) -> P
     path = Path(config.merge_plan).expanduser()
     if path.is_file() or path.suffix == ".json":
         return path
-    folder = locate(path, cache_dir=cache_dir, allow_patterns=(PLAN_FILE,), what="merge plan")
+    folder = locate(
+        path, cache_dir=cache_dir, allow_patterns=(PLAN_FILE, f"*/{MASKS_STEM}*"), what="merge plan"
+    )
     return folder.path / PLAN_FILE
 
 

@@ -21,11 +21,15 @@ import triton.language as tl
 from enchtable_kernels._addition import SCALE_BLOCK, Addition, scales_per_row
 
 BLOCK = 2048
-NUM_WARPS = 4
 
 #: How a block finds its scales: there are none; element ``i`` has scale ``i // 64``, because
 #: rows are whole blocks; or rows end inside a block.
 NO_SCALES, WHOLE_SCALES, RAGGED_SCALES = range(3)
+
+
+def warps(amd: bool) -> int:
+    """So many that a thread has 16 elements: 128 bits even of an int8 delta."""
+    return 2 if amd else 4
 
 
 @triton.jit
@@ -242,7 +246,7 @@ def fused_add_triton(addition: Addition) -> torch.Tensor:
         HAS_KEEP=keep_bits is not None,
         STOCHASTIC=key is not None and stored.dtype == torch.bfloat16,
         BLOCK=BLOCK,
-        num_warps=NUM_WARPS,
+        num_warps=warps(torch.version.hip is not None),
         enable_fp_fusion=False,
     )
     return sums.sum(dim=0, dtype=torch.float64)
