@@ -186,6 +186,39 @@ def test_an_int8_vector_is_merged_as_it_is_stored(family, tmp_path):
     assert pass_.report.total.retained_share > 0.9
 
 
+def test_stochastic_rounding_is_the_same_in_every_run_and_order(family, tmp_path):
+    """It depends on name and index alone; and it is another rounding than to nearest."""
+    vector, resolved = inputs(family)
+    nearest, before = stream(family, stored(family), digest_merged=True)
+    forwards, report = stream(family, stored(family), rounding="stochastic", digest_merged=True)
+    _, again = stream(
+        family, reversed(stored(family)), rounding="stochastic", digest_merged=True, ahead=1
+    )
+    assert report.merged_digest == again.merged_digest != before.merged_digest
+    offline = merge_checkpoint(
+        Location(family.task), vector, resolved, tmp_path / "out", rounding="stochastic"
+    )
+    assert offline.merged_digest == report.merged_digest
+    assert "scope attention, rounding stochastic; " in report.line()
+    assert "rounding" not in before.line()
+    for name in resolved.coefficients:
+        steps = (forwards[name].float() - nearest[name].float()).abs()
+        exact = nearest[name].float().abs() * 2**-7  # one step of bf16, at the least
+        assert bool((steps <= exact + 1e-9).all())
+        assert 0.05 < float((steps > 0).float().mean()) < 0.5
+
+
+def test_stochastic_rounding_of_fp16_is_refused_before_anything_is_written(family, tmp_path):
+    task = models.perturbed(family.base, tmp_path / "task", scale=2e-3, seed=2, dtype=torch.float16)
+    vector = SafetyVector.open(family.vector)
+    plan = models.plan_for(task, family.base, family.vector, beta=0.5)
+    (tmp_path / "plan.json").write_text(plan.to_json())
+    resolved = resolve_plan(*read_plan(tmp_path / "plan.json"))
+    with pytest.raises(ConfigError, match=r"bf16 or fp32 where the plan merges, got fp16"):
+        merge_checkpoint(Location(task), vector, resolved, tmp_path / "out", rounding="stochastic")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("ahead", [1, 2, 50])
 def test_running_ahead_changes_nothing_but_the_time(family, ahead):
     expected, _ = stream(family, stored(family), digest_merged=True)
