@@ -9,6 +9,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 _SHOWN_FAULTS = 5
+_SHOWN_CHARACTERS = 2000
+
+
+def printable(text: object) -> str:
+    """One line, of bounded length, without control characters.
+
+    Names in a message come from files, and files from anywhere: they must neither forge a line
+    of a log nor steer a terminal.
+    """
+    shown = str(text)
+    if len(shown) > _SHOWN_CHARACTERS:
+        shown = f"{shown[:_SHOWN_CHARACTERS]}... ({len(shown)} characters)"
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in shown)
 
 
 class EnchTableError(Exception):
@@ -26,7 +39,8 @@ class EnchTableError(Exception):
         self.expected = expected
         self.got = got
         self.fix = fix
-        super().__init__(f"{subject}: expected {expected}, got {got}. {fix}")
+        parts = map(printable, (subject, expected, got, fix))
+        super().__init__("{}: expected {}, got {}. {}".format(*parts))
 
     def __reduce__(self) -> tuple[object, ...]:
         # Keyword-only arguments do not survive the default pickling, and errors cross processes.

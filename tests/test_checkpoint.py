@@ -206,7 +206,7 @@ def test_streamed_file_is_an_ordinary_safetensors_file(tmp_path):
 
 def test_folder_appears_whole_or_not_at_all(tmp_path):
     target = tmp_path / "out"
-    with pytest.raises(FileNotFoundError), FolderTransaction(target) as folder:
+    with pytest.raises(ConfigError, match="Nothing was left"), FolderTransaction(target) as folder:
         shutil.copyfile(tmp_path / "missing", folder / "half")
     assert list(tmp_path.iterdir()) == []
     with FolderTransaction(target) as folder:

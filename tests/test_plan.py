@@ -222,7 +222,7 @@ def test_the_same_base_in_another_precision_is_the_same_base(family, tmp_path, d
 
 
 def test_a_vector_that_is_zero_and_a_beta_that_overflows_are_refused(family, damaged, edit_json):
-    with pytest.raises(MergePlanError, match="not huge"):
+    with pytest.raises(MergePlanError, match="nor huge"):
         models.plan_for(family.task, family.base, family.vector, beta=1e308)
     names = json.loads(damaged.plan.read_text())["tensors"]
     for name, tensor in names.items():

@@ -9,10 +9,12 @@ from enchtable_vllm.checkpoint.fingerprint import (
 )
 from enchtable_vllm.checkpoint.location import Location, local, locate, on_hub
 from enchtable_vllm.checkpoint.reader import Checkpoint, TensorHeader
-from enchtable_vllm.checkpoint.writer import FolderTransaction, ShardWriter
+from enchtable_vllm.checkpoint.transaction import FileTransaction, FolderTransaction
+from enchtable_vllm.checkpoint.writer import ShardWriter
 
 __all__ = [
     "Checkpoint",
+    "FileTransaction",
     "Fingerprint",
     "FolderTransaction",
     "Location",

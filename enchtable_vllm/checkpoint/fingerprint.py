@@ -46,7 +46,7 @@ def tensor_digest(tensor: torch.Tensor) -> str:
 def sampled_fingerprint(checkpoint: Checkpoint) -> str:
     """The sampled fingerprint of a checkpoint."""
     return _combine(
-        (header, _sample(checkpoint.read(header.name))) for header in checkpoint.tensors.values()
+        (header, _sample(checkpoint, header.name)) for header in checkpoint.tensors.values()
     )
 
 
@@ -60,11 +60,9 @@ def combine_digests(digests: Mapping[str, str]) -> str:
     return f"blake3:{blake3(json.dumps(sorted(digests.items())).encode()).hexdigest()}"
 
 
-def _sample(tensor: torch.Tensor) -> bytes:
-    data = raw_bytes(tensor)
-    middle = max(0, (len(data) - _SAMPLE_BYTES) // 2)
-    end = max(0, len(data) - _SAMPLE_BYTES)
-    return b"".join(bytes(data[at : at + _SAMPLE_BYTES]) for at in (0, middle, end))
+def _sample(checkpoint: Checkpoint, name: str) -> bytes:
+    end = max(0, checkpoint.nbytes(name) - _SAMPLE_BYTES)
+    return b"".join(checkpoint.read_bytes(name, at, _SAMPLE_BYTES) for at in (0, end // 2, end))
 
 
 def _combine(parts: Iterable[tuple[TensorHeader, bytes]]) -> str:

@@ -6,15 +6,17 @@ all files and at once, so that a fault is not met after twenty minutes of work.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
+from enchtable_vllm.checkpoint.files import is_there, read_json
+from enchtable_vllm.checkpoint.safetensors_file import SafetensorsFile
 from enchtable_vllm.errors import CheckpointError, QuantizedCheckpointError, summarize_faults
 
 #: safetensors' dtype names, as torch's.
@@ -61,7 +63,7 @@ class Checkpoint:
     def __init__(self, folder: Path, *, stem: str = "model", what: str = "checkpoint") -> None:
         self.folder = folder
         self.what = f"{what} '{folder}'"
-        self._open: dict[str, Any] = {}
+        self._open: dict[str, SafetensorsFile] = {}
         self.index_name = f"{stem}.safetensors.index.json"
         index = self._read_index()
         self.files = sorted(set(index.values())) if index else self._find_files(stem)
@@ -69,13 +71,11 @@ class Checkpoint:
         if index:
             self._check_index(index)
 
-    @property
+    @cached_property
     def config(self) -> dict[str, Any]:
         """The folder's ``config.json``; empty when there is none."""
         path = self.folder / "config.json"
-        if not path.is_file():
-            return {}
-        return read_json_object(path, self.what)
+        return read_json_object(path, self.what) if is_there(path) else {}
 
     @property
     def architecture(self) -> str:
@@ -85,31 +85,46 @@ class Checkpoint:
 
     def metadata(self, file: str) -> dict[str, str]:
         """The free-form metadata in a file's header."""
-        metadata: dict[str, str] | None = self._handle(file).metadata()
-        return {} if metadata is None else metadata
+        return self._file(file).metadata
 
     def names_by_file(self) -> Iterator[tuple[str, list[str]]]:
         """Each file with its tensors' names in the order of their bytes."""
         for file in self.files:
-            yield file, list(self._handle(file).offset_keys())
+            yield file, list(self._file(file).entries)
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor, as stored, on the CPU. It may share its memory with the file.
+        """One tensor, as stored, on the CPU, in memory of its own.
 
         Raises:
             CheckpointError: The file changed or cannot be read any more.
         """
-        header = self.tensors[name]
         try:
-            tensor: torch.Tensor = self._handle(header.file).get_tensor(name)
-        except (SafetensorError, OSError, RuntimeError) as error:
-            raise CheckpointError(
-                f"{self.what}, file '{header.file}', tensor '{name}'",
-                expected="readable bytes",
-                got=error,
-                fix="Restore the file and try again.",
-            ) from error
-        return tensor
+            return self._file(self.tensors[name].file).read(name)
+        except (OSError, ValueError) as error:
+            raise self._unreadable(name, error) from error
+
+    def nbytes(self, name: str) -> int:
+        """How many bytes a tensor's data takes."""
+        return self._file(self.tensors[name].file).nbytes(name)
+
+    def read_bytes(self, name: str, at: int, count: int) -> bytes:
+        """A part of a tensor's bytes; less than ``count`` at its end.
+
+        Raises:
+            CheckpointError: As `read`.
+        """
+        try:
+            return self._file(self.tensors[name].file).read_bytes(name, at, count)
+        except (OSError, ValueError) as error:
+            raise self._unreadable(name, error) from error
+
+    def _unreadable(self, name: str, error: Exception) -> CheckpointError:
+        return CheckpointError(
+            f"{self.what}, file '{self.tensors[name].file}', tensor '{name}'",
+            expected="readable bytes",
+            got=error,
+            fix="Restore the file, leave it alone meanwhile, and try again.",
+        )
 
     def refuse_quantized(self) -> None:
         """Refuse a checkpoint whose numbers are packed.
@@ -134,7 +149,7 @@ class Checkpoint:
 
     def _read_index(self) -> dict[str, str]:
         path = self.folder / self.index_name
-        if not path.is_file():
+        if not is_there(path):
             return {}
         index = read_json_object(path, self.what)
         names = index.get("weight_map")
@@ -147,7 +162,7 @@ class Checkpoint:
                 got=type(index.get("weight_map")).__name__,
                 fix="Restore the index from where the checkpoint came from.",
             )
-        bad = [f for f in set(names.values()) if Path(f).name != f]
+        bad = [f for f in set(names.values()) if Path(f).name != f or "\0" in f]
         missing = [f for f in set(names.values()) if f not in bad and not self._has(f)]
         if bad or missing:
             faults = [f"'{f}' is not a plain file name" for f in sorted(bad)]
@@ -161,15 +176,15 @@ class Checkpoint:
         return {str(name): str(file) for name, file in names.items()}
 
     def _has(self, file: str) -> bool:
-        return (self.folder / file).is_file()
+        return is_there(self.folder / file)
 
     def _find_files(self, stem: str) -> list[str]:
         if stem != "model":
             files = [f"{stem}.safetensors"] if self._has(f"{stem}.safetensors") else []
         else:
-            files = sorted(path.name for path in self.folder.glob("*.safetensors"))
+            files = sorted(name for name in self._listing() if name.endswith(".safetensors"))
         if not files:
-            other = sorted(p.name for p in self.folder.glob("*.bin"))
+            other = sorted(name for name in self._listing() if name.endswith(".bin"))
             raise CheckpointError(
                 self.what,
                 expected=f"'{stem}.safetensors' or '{self.index_name}'",
@@ -181,17 +196,23 @@ class Checkpoint:
             )
         return files
 
-    def _handle(self, file: str) -> Any:
+    def _listing(self) -> list[str]:
+        try:
+            return [path.name for path in self.folder.iterdir()]
+        except OSError as error:
+            raise CheckpointError(
+                self.what, expected="a readable folder", got=error, fix="Check the path."
+            ) from error
+
+    def _file(self, file: str) -> SafetensorsFile:
         if file not in self._open:
             try:
-                self._open[file] = safe_open(self.folder / file, framework="pt", device="cpu")
-            except (SafetensorError, OSError) as error:
+                self._open[file] = SafetensorsFile(self.folder / file)
+            except (SafetensorError, OSError, ValueError) as error:
                 raise CheckpointError(
                     f"{self.what}, file '{file}'",
                     expected="a whole safetensors file",
-                    got=f"{error} ({(self.folder / file).stat().st_size} bytes)"
-                    if self._has(file)
-                    else "no such file",
+                    got=error,
                     fix="It is truncated or corrupt: fetch or write it again.",
                 ) from error
         return self._open[file]
@@ -200,14 +221,10 @@ class Checkpoint:
         tensors: dict[str, TensorHeader] = {}
         faults: list[str] = []
         for file in self.files:
-            handle = self._handle(file)
-            for name in handle.keys():  # noqa: SIM118 (not a dict)
-                piece = handle.get_slice(name)
+            for name, (dtype, shape) in self._file(file).entries.items():
                 if name in tensors:
                     faults.append(f"'{name}' in '{tensors[name].file}' and in '{file}'")
-                tensors[name] = TensorHeader(
-                    name, str(piece.get_dtype()), tuple(piece.get_shape()), file
-                )
+                tensors[name] = TensorHeader(name, dtype, shape, file)
         if faults:
             raise CheckpointError(
                 self.what,
@@ -240,8 +257,8 @@ def read_json_object(path: Path, what: str) -> dict[str, Any]:
         CheckpointError: It does not, or is not JSON.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        value, _ = read_json(path)
+    except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{what}, {path.name}",
             expected="a JSON object",

@@ -7,9 +7,7 @@ dtypes and shapes fix every offset, so a shard of any size is written with one t
 from __future__ import annotations
 
 import json
-import math
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -19,12 +17,8 @@ import torch
 
 from enchtable_vllm.checkpoint.fingerprint import raw_bytes
 from enchtable_vllm.checkpoint.reader import TensorHeader
-from enchtable_vllm.errors import CheckpointError, ConfigError
-
-_ITEM_BYTES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I16": 2, "U16": 2,
-    "F16": 2, "BF16": 2, "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8, "C64": 8,
-}  # fmt: skip
+from enchtable_vllm.checkpoint.safetensors_file import STORED_DTYPES, stored_bytes
+from enchtable_vllm.errors import CheckpointError
 
 
 def tensor_bytes(header: TensorHeader) -> int:
@@ -33,14 +27,15 @@ def tensor_bytes(header: TensorHeader) -> int:
     Raises:
         CheckpointError: Its dtype is not known.
     """
-    if header.dtype not in _ITEM_BYTES:
+    size = stored_bytes(header.dtype, header.shape)
+    if size is None:
         raise CheckpointError(
             f"file '{header.file}', tensor '{header.name}'",
-            expected=f"a dtype among {sorted(_ITEM_BYTES)}",
+            expected=f"a dtype among {sorted(STORED_DTYPES)}",
             got=header.dtype,
             fix="Convert the checkpoint.",
         )
-    return math.prod(header.shape) * _ITEM_BYTES[header.dtype]
+    return size
 
 
 def assign_shards(
@@ -107,9 +102,9 @@ class ShardWriter:
             offset = end
         encoded = json.dumps(entries, separators=(",", ":")).encode()
         encoded += b" " * (-len(encoded) % 8)
+        self._start = len(encoded).to_bytes(8, "little") + encoded
         self._file = path.open("xb")
-        self._file.write(len(encoded).to_bytes(8, "little") + encoded)
-        self._data_start = self._file.tell()
+        self._data_start = len(self._start)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """A tensor that is still to be written, of its header's size."""
@@ -121,6 +116,11 @@ class ShardWriter:
         self._file.write(data)
 
     def __enter__(self) -> Self:
+        try:
+            self._file.write(self._start)
+        except BaseException:
+            self._file.close()
+            raise
         return self
 
     def __exit__(
@@ -135,59 +135,3 @@ class ShardWriter:
                     raise AssertionError(f"{len(self._pending)} tensors were not written")
                 self._file.flush()
                 os.fsync(self._file.fileno())
-
-
-class FolderTransaction:
-    """A folder that appears whole or not at all.
-
-    Use as a context manager: write into `path`; on success it is renamed to ``target``, on
-    any failure it is removed.
-
-    Args:
-        target: Where the folder is to appear.
-        overwrite: Replace what is there.
-        inputs: Folders that are being read: ``target`` may neither be nor hold one.
-
-    Raises:
-        ConfigError: ``target`` is in use and not to be replaced, or is an input.
-    """
-
-    def __init__(
-        self, target: Path, *, overwrite: bool = False, inputs: Sequence[Path] = ()
-    ) -> None:
-        self.target = target.absolute()
-        if any(path.resolve().is_relative_to(self.target.resolve()) for path in inputs):
-            raise ConfigError(
-                f"output folder '{target}'",
-                expected="a folder that holds none of the inputs",
-                got="one that does",
-                fix="Choose another folder.",
-            )
-        self.path = self.target.with_name(f".{self.target.name}.{os.getpid()}.partial")
-        occupied = self.target.is_dir() and any(self.target.iterdir())
-        if (occupied and not overwrite) or self.target.is_file():
-            raise ConfigError(
-                f"output folder '{target}'",
-                expected="a new or empty folder",
-                got="one that is in use",
-                fix="Choose another, or replace it with --overwrite.",
-            )
-
-    def __enter__(self) -> Path:
-        self.path.mkdir(parents=True)
-        return self.path
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if kind is not None:
-            shutil.rmtree(self.path, ignore_errors=True)
-            return
-        replaced = self.path.with_suffix(".replaced")
-        if self.target.is_dir():
-            self.target.rename(replaced)
-        self.path.rename(self.target)
-        shutil.rmtree(replaced, ignore_errors=True)

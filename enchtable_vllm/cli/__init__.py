@@ -1,12 +1,14 @@
 """The command ``enchtable``.
 
 Results go to standard output, progress and warnings to standard error. Exit codes: 0 done,
-1 refused (the message says why and what to do), 2 wrong usage.
+1 refused (the message says why and what to do), 2 wrong usage, 128 + N stopped by signal N.
 """
 
 from __future__ import annotations
 
+import signal
 import sys
+from types import FrameType
 
 import typer
 
@@ -45,8 +47,16 @@ def _root(
     pass
 
 
+def _stop(number: int, _: FrameType | None) -> None:
+    errors.print(f"stopped by {signal.Signals(number).name}")
+    sys.exit(128 + number)
+
+
 def main() -> None:
     """Run the command; a refusal is one message and exit code 1, never a traceback."""
+    for stop in (signal.SIGTERM, signal.SIGHUP):  # as SIGINT: what is half-written is removed
+        if signal.getsignal(stop) is signal.SIG_DFL:  # nohup's stays
+            signal.signal(stop, _stop)
     try:
         app()
     except EnchTableError as error:

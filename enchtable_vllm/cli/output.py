@@ -16,6 +16,7 @@ from rich.progress import (
 )
 from rich.progress import Progress as Bars
 
+from enchtable_vllm.errors import printable
 from enchtable_vllm.progress import Progress
 
 out = Console()
@@ -29,13 +30,13 @@ def print_json(value: Mapping[str, object]) -> None:
 
 def say(message: str) -> None:
     """A line on standard output, as it is: names in it are no markup, and it is not wrapped."""
-    out.print(message, markup=False, highlight=False, soft_wrap=True)
+    out.print(printable(message), markup=False, highlight=False, soft_wrap=True)
 
 
 def warn(message: str) -> None:
     """A warning on standard error."""
     errors.print("[bold yellow]warning:[/bold yellow]", end=" ")
-    errors.print(message, markup=False, highlight=False, soft_wrap=True)
+    errors.print(printable(message), markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager

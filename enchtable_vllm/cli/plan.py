@@ -13,7 +13,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from enchtable_vllm.checkpoint import Location, locate
+from enchtable_vllm.checkpoint import FileTransaction, Location, locate
 from enchtable_vllm.cli.output import out, print_json, progress_bar, say, warn
 from enchtable_vllm.cli.vector import JsonOption
 from enchtable_vllm.errors import ConfigError
@@ -74,19 +74,13 @@ def plan(
     base = locate(base_model, what="base model")
     vector = SafetyVector.open(safety_vector)
     where = _portable_location(vector.location, path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:  # before the work: can it be written?
-        try:
-            with progress_bar("Planning") as progress:
-                made = compute_plan(
-                    task, base, vector, options, vector_location=where, progress=progress
-                )
-            file.write(made.to_json())
-        except BaseException:
-            partial.unlink()
-            raise
-    partial.rename(path)
+    _refuse_input(path, (task.path, base.path, vector.location.path))
+    with FileTransaction(path) as partial:  # before the work: can it be written?
+        with progress_bar("Planning") as progress:
+            made = compute_plan(
+                task, base, vector, options, vector_location=where, progress=progress
+            )
+        partial.write_text(made.to_json(), encoding="utf-8")
     attenuations = [x for tensor in made.merged.values() for x in tensor.attenuation]
     median = statistics.median(attenuations)
     for warning in outcome_warnings(median, made.retained_share, made.beta):
@@ -107,6 +101,18 @@ def _default_output(task: Location) -> Path:
             fix=f"Add '-o {PLAN_FILE}'.",
         )
     return task.path / PLAN_FILE
+
+
+def _refuse_input(path: Path, inputs: tuple[Path, ...]) -> None:
+    """An input's file is never replaced, unless it is an older plan."""
+    inside = path.parent.resolve() in {folder.resolve() for folder in inputs}
+    if inside and path.name != PLAN_FILE and path.exists():
+        raise ConfigError(
+            "--output",
+            expected=f"a name that is not in use, or '{PLAN_FILE}'",
+            got=f"'{path}', a file of an input",
+            fix="Choose another name.",
+        )
 
 
 def check_device(name: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from enchtable_vllm.checkpoint import locate, short
+from enchtable_vllm.checkpoint.files import read_json
 from enchtable_vllm.cli.output import out, print_json, progress_bar, say, warn
 from enchtable_vllm.errors import ConfigError, SafetyVectorError
 from enchtable_vllm.vector import SafetyVector, Scope, build_vector
@@ -123,7 +123,7 @@ def _read_recipe(path: Path | None) -> dict[str, object] | None:
     if path is None:
         return None
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value, _ = read_json(path)
     except (OSError, ValueError) as error:
         value = error
     if not isinstance(value, dict):

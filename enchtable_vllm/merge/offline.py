@@ -6,9 +6,11 @@ and whatever else lies in the folder. Only the bytes of merged tensors differ.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
@@ -19,6 +21,8 @@ from enchtable_vllm.checkpoint import (
     ShardWriter,
     sampled_fingerprint,
 )
+from enchtable_vllm.checkpoint.files import open_regular
+from enchtable_vllm.errors import CheckpointError
 from enchtable_vllm.merge.report import MergeReport, Rounding
 from enchtable_vllm.merge.stream import MergeStream, check_rounding
 from enchtable_vllm.plan import PLAN_FILE, MergeMasks, ResolvedPlan
@@ -116,4 +120,27 @@ def _copy_everything_else(task: Checkpoint, folder: Path) -> None:
         if any(part.startswith(".") for part in inside.parts) or vectors & set(source.parents):
             continue
         (folder / inside).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, folder / inside)
+        with _open_own(task, source) as read, (folder / inside).open("xb") as write:
+            shutil.copyfileobj(read, write)
+
+
+def _open_own(task: Checkpoint, path: Path) -> BinaryIO:
+    """A file of the model's; what it links to may be published with the merged model.
+
+    Raises:
+        CheckpointError: It is a link out of the folder, or cannot be read.
+    """
+    home = task.folder.resolve()
+    if home.parent.name == "snapshots":  # a Hub cache's: its files are links to its blobs
+        home = home.parent.parent
+    try:
+        if not path.resolve().is_relative_to(home):
+            raise ValueError(f"a link to '{path.resolve()}'")
+        return os.fdopen(open_regular(path), "rb")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{task.what}, file '{path.relative_to(task.folder)}'",
+            expected="a readable file inside the folder",
+            got=error,
+            fix="Put the file itself there, or remove it.",
+        ) from error

@@ -7,6 +7,7 @@ from typing import Literal
 
 from enchtable_kernels import Effect
 from enchtable_vllm.checkpoint import short
+from enchtable_vllm.errors import printable
 from enchtable_vllm.plan import ResolvedPlan
 
 Rounding = Literal["nearest", "stochastic"]
@@ -77,7 +78,8 @@ class MergeReport:
             f"safety vector merged: {len(self.effects)} merged, {self.kept} kept, "
             f"{self.filtered} filtered; retained share {total.retained_share:.3f}, "
             f"cosine {total.cosine:.3f}, relative error {total.relative_error:.3f}; "
-            f"vector '{plan.safety_vector.name}' {short(plan.safety_vector.fingerprint)}, "
+            f"vector '{printable(plan.safety_vector.name)}' "
+            f"{short(plan.safety_vector.fingerprint)}, "
             f"plan {short(self.resolved.digest)}, beta {self.resolved.beta:g}, "
             f"scope {self.resolved.scope}{rounding}; {weights}{self.seconds:.2f} s"
         )

@@ -36,7 +36,7 @@ class VectorLocation(BaseModel):
         repo_id, commit: A Hub repository and 40 hex digits.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     path: str | None = None
     repo_id: Annotated[str, StringConstraints(pattern=REPO_ID)] | None = None
@@ -89,7 +89,7 @@ class VectorReference(BaseModel):
         location: None where the vector must be named when the plan is used.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     name: str
     fingerprint: Fingerprint
@@ -113,7 +113,7 @@ class PlannedTensor(BaseModel):
         retained_share: Expected after rounding to the task tensor's dtype.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     action: Literal["merge", "keep"]
     task_digest: Fingerprint
@@ -160,7 +160,7 @@ class MergePlan(BaseModel):
         tensors: Every tensor of the task model.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     format_version: Literal[1] = 1
     task_model: ModelReference

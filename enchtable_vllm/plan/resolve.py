@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from blake3 import blake3
-from pydantic import ValidationError
 
 from enchtable_vllm.checkpoint import Checkpoint
+from enchtable_vllm.checkpoint.files import read_json
 from enchtable_vllm.errors import ConfigError, MergePlanError, MismatchError, summarize_faults
 from enchtable_vllm.plan.merge_plan import MergePlan
 from enchtable_vllm.vector import SafetyVector, Scope, in_scope, narrows
-from enchtable_vllm.vector.safety_vector import describe_validation_error
+from enchtable_vllm.vector.safety_vector import describe_fault
 
 _TOLERANCE = 1e-9  # relative; the same arithmetic in the same order gives the same number
 
@@ -120,24 +120,23 @@ def read_plan(path: Path) -> tuple[MergePlan, str]:
     """A plan file and its digest, of the same bytes.
 
     Raises:
-        MergePlanError: It is missing, not JSON, or not a plan.
+        MergePlanError: It is missing, no file, not JSON, or not a plan.
     """
     try:
-        data = path.read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        _, data = read_json(path)
+        plan = MergePlan.model_validate_json(data)
+    except OSError as error:
         raise MergePlanError(
             f"merge plan '{path}'",
             expected="a readable file",
             got=error,
             fix="Make one with 'enchtable plan', or check the path.",
         ) from error
-    try:
-        plan = MergePlan.model_validate_json(data)
-    except ValidationError as error:
+    except ValueError as error:  # pydantic's ValidationError is one
         raise MergePlanError(
             f"merge plan '{path}'",
             expected="format version 1",
-            got=describe_validation_error(error),
+            got=describe_fault(error),
             fix="Make it again with 'enchtable plan'.",
         ) from error
     return plan, f"blake3:{blake3(data).hexdigest()}"
@@ -147,16 +146,16 @@ def norm_scale(beta: float, task_norm: float, safety_norms: Iterable[float]) -> 
     """(n, ‖S‖): n = β · ‖T‖ / ‖S‖, with ‖S‖ over the tensors given.
 
     Raises:
-        MergePlanError: ‖S‖ is zero, or n overflows.
+        MergePlanError: ‖S‖ is zero, or n overflows or vanishes.
     """
-    safety_norm = math.sqrt(math.fsum(norm * norm for norm in safety_norms))
+    safety_norm = math.hypot(*safety_norms)
     scale = beta * task_norm / safety_norm if safety_norm > 0 else math.inf
-    if not math.isfinite(scale):
+    if not 0 < scale < math.inf:
         raise MergePlanError(
             "norm scale beta * |task vector| / |safety vector|",
-            expected="a finite number",
+            expected="a positive, finite number",
             got=f"{beta} * {task_norm} / {safety_norm}",
-            fix="Use a vector that is not zero and a beta that is not huge.",
+            fix="Use a vector that is not zero and a beta that is neither tiny nor huge.",
         )
     return scale, safety_norm
 

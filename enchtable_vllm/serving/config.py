@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from enchtable_vllm.errors import ConfigError
 from enchtable_vllm.merge.report import Rounding
 from enchtable_vllm.vector import Scope
-from enchtable_vllm.vector.safety_vector import describe_validation_error
+from enchtable_vllm.vector.safety_vector import describe_fault
 
 Reference = Annotated[str, Field(min_length=1)]
 
@@ -68,6 +68,6 @@ class LoaderConfig(BaseModel):
             raise ConfigError(
                 "--model-loader-extra-config",
                 expected=f"an object with keys among {sorted(cls.model_fields)}",
-                got=describe_validation_error(error),
+                got=describe_fault(error),
                 fix="See 'Serve' in the README.",
             ) from error

@@ -28,6 +28,7 @@ from enchtable_vllm.vector.format import (
     VECTOR_FILE_STEM,
     VECTOR_MANIFEST,
     ModelReference,
+    VectorDtype,
     VectorManifest,
     VectorTensor,
     scale_shape,
@@ -36,7 +37,7 @@ from enchtable_vllm.vector.format import (
 from enchtable_vllm.vector.scope import Scope, in_scope
 
 StoredDtype = Literal["bf16", "fp32", "int8"]
-_SAFETENSORS = {"bf16": "BF16", "fp32": "F32", "int8": "I8"}
+_SAFETENSORS: dict[StoredDtype, VectorDtype] = {"bf16": "BF16", "fp32": "F32", "int8": "I8"}
 DEFAULT_SHARD_BYTES = 5_000_000_000
 
 

@@ -5,11 +5,12 @@ The tensors lie beside it, in ``safety_vector.safetensors`` or in shards with an
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, model_validator
 
 from enchtable_kernels import scales_per_row
 from enchtable_vllm.checkpoint import Checkpoint, Fingerprint, Location, sampled_fingerprint
@@ -24,6 +25,8 @@ SCALE = ".scale"
 #: How many values of the aligned model a manifest holds for each tensor.
 SAMPLE = 16
 
+#: How deltas are stored, in safetensors' spelling.
+VectorDtype = Literal["BF16", "F32", "I8"]
 FiniteNorm = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -36,7 +39,7 @@ class ModelReference(BaseModel):
         fingerprint: Sampled.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     id: str
     revision: str | None = None
@@ -88,14 +91,21 @@ class VectorTensor(BaseModel):
             precision, whether a base model is the one this was built from.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    shape: tuple[int, ...]
-    dtype: Literal["BF16", "F32", "I8"]
+    shape: tuple[NonNegativeInt, ...]
+    dtype: VectorDtype
     norm: FiniteNorm
     digest: Fingerprint
     scale_digest: Fingerprint | None = None
     aligned_sample: tuple[Annotated[float, Field(allow_inf_nan=False)], ...]
+
+    @model_validator(mode="after")
+    def _sampled(self) -> Self:
+        expected = min(SAMPLE, math.prod(self.shape))
+        if len(self.aligned_sample) != expected:
+            raise ValueError(f"aligned_sample must hold {expected} numbers")
+        return self
 
     @model_validator(mode="after")
     def _scales_belong_to_int8(self) -> Self:
@@ -125,7 +135,7 @@ class VectorManifest(BaseModel):
         recipe: How it was made; free-form.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     format_version: Literal[1] = 1
     aligned: ModelReference

@@ -9,6 +9,7 @@ import torch
 from pydantic import ValidationError
 
 from enchtable_vllm.checkpoint import Checkpoint, Location, locate, tensor_digest
+from enchtable_vllm.checkpoint.files import is_there, read_json
 from enchtable_vllm.checkpoint.fingerprint import content_fingerprint
 from enchtable_vllm.errors import SafetyVectorError, summarize_faults
 from enchtable_vllm.vector.delta import Delta
@@ -46,6 +47,7 @@ class SafetyVector:
         self.location = location
         self.name = location.repo_id or location.path.name
         self.what = f"safety vector '{location}'"
+        self._refuse_links_out()
         self.manifest = self._read_manifest()
         self._files = Checkpoint(location.path, stem=VECTOR_FILE_STEM, what="safety vector")
         self._check_headers()
@@ -93,8 +95,7 @@ class SafetyVector:
         return Delta(values, *scales)
 
     def _verified(self, stored: StoredTensor) -> torch.Tensor:
-        # A copy first: bytes that are still the file's could change after they were checked.
-        tensor = self._files.read(stored.name).clone()
+        tensor = self._files.read(stored.name)
         digest = tensor_digest(tensor)
         if digest != stored.digest:
             raise SafetyVectorError(
@@ -105,9 +106,22 @@ class SafetyVector:
             )
         return tensor
 
+    def _refuse_links_out(self) -> None:
+        """A vector is read from its own folder; a Hub cache's snapshot, from its own blobs."""
+        folder = self.location.path.resolve()
+        home = folder.parent.parent if self.location.repo_id is not None else folder
+        for path in sorted(self.location.path.glob(f"{VECTOR_FILE_STEM}*")):
+            if path.is_symlink() and not path.resolve().is_relative_to(home):
+                raise SafetyVectorError(
+                    f"{self.what}, {path.name}",
+                    expected="a file inside the folder",
+                    got=f"a link to '{path.resolve()}'",
+                    fix="Put the file itself there.",
+                )
+
     def _read_manifest(self) -> VectorManifest:
         path = self.location.path / VECTOR_MANIFEST
-        if not path.is_file():
+        if not is_there(path):
             raise SafetyVectorError(
                 self.what,
                 expected=f"a file '{VECTOR_MANIFEST}'",
@@ -115,12 +129,12 @@ class SafetyVector:
                 fix="Build one with 'enchtable vector build', or check the path.",
             )
         try:
-            return VectorManifest.model_validate_json(path.read_bytes())
-        except ValidationError as error:
+            return VectorManifest.model_validate_json(read_json(path)[1])
+        except (OSError, ValueError) as error:  # a ValidationError is a ValueError
             raise SafetyVectorError(
                 f"{self.what}, {VECTOR_MANIFEST}",
                 expected="format version 1",
-                got=describe_validation_error(error),
+                got=describe_fault(error),
                 fix="Fetch or build the vector again, or upgrade enchtable-vllm.",
             ) from error
 
@@ -150,8 +164,10 @@ class SafetyVector:
             )
 
 
-def describe_validation_error(error: ValidationError) -> str:
-    """Pydantic's findings in one line."""
+def describe_fault(error: Exception) -> str:
+    """An error in one line; of pydantic's, its findings."""
+    if not isinstance(error, ValidationError):
+        return str(error)
     return summarize_faults(
         [
             f"{'.'.join(str(part) for part in item['loc']) or 'file'}: {item['msg']}"
