@@ -53,6 +53,24 @@ def is_there(path: Path) -> bool:
     return True
 
 
+def refuse_link_out(path: Path, home: Path) -> None:
+    """Refuse a link that leads out of a folder.
+
+    Args:
+        path: The link, or what is none.
+        home: The folder, resolved.
+
+    Raises:
+        ValueError: It does, or leads nowhere.
+    """
+    try:
+        target = path.resolve()
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop, before Python 3.13
+        raise ValueError("a link to itself") from error
+    if not target.is_relative_to(home):
+        raise ValueError(f"a link to '{target}'")
+
+
 def read_json(path: Path) -> tuple[Any, bytes]:
     """What a JSON file says, and its bytes.
 

@@ -68,6 +68,13 @@ def locate(
         path = Path(reference).expanduser()
         if path.is_dir():
             return local(path)
+    except PermissionError as error:
+        raise CheckpointError(
+            f"{what} '{reference}'",
+            expected="a folder that can be read",
+            got=error,
+            fix="Check its permissions, and those of the folders it lies in.",
+        ) from error
     except (RuntimeError, OSError, ValueError):  # no such home, a path too long, a NUL in it
         pass
     repo_id, _, at = str(reference).partition("@")

@@ -133,7 +133,10 @@ class FolderTransaction(_Transaction):
                 got="one that does",
                 fix="Choose another folder.",
             )
-        self._refuse_in_use()
+        try:
+            self._refuse_in_use()
+        except OSError as error:  # no permission to look, a name too long
+            raise self._unwritable(error) from error
 
     def _refuse_in_use(self) -> None:
         target = self.target

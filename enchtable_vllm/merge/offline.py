@@ -21,7 +21,7 @@ from enchtable_vllm.checkpoint import (
     ShardWriter,
     sampled_fingerprint,
 )
-from enchtable_vllm.checkpoint.files import open_regular
+from enchtable_vllm.checkpoint.files import open_regular, refuse_link_out
 from enchtable_vllm.errors import CheckpointError
 from enchtable_vllm.merge.report import MergeReport, Rounding
 from enchtable_vllm.merge.stream import MergeStream, check_rounding
@@ -134,8 +134,7 @@ def _open_own(task: Checkpoint, path: Path) -> BinaryIO:
     if home.parent.name == "snapshots":  # a Hub cache's: its files are links to its blobs
         home = home.parent.parent
     try:
-        if not path.resolve().is_relative_to(home):
-            raise ValueError(f"a link to '{path.resolve()}'")
+        refuse_link_out(path, home)
         return os.fdopen(open_regular(path), "rb")
     except (OSError, ValueError) as error:
         raise CheckpointError(

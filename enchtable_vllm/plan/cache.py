@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 from contextlib import suppress
 
 from blake3 import blake3
 from filelock import FileLock
 
-from enchtable_vllm.checkpoint import Checkpoint, Location, sampled_fingerprint
+from enchtable_vllm.checkpoint import Checkpoint, FileTransaction, Location, sampled_fingerprint
 from enchtable_vllm.envs import cache_folder
 from enchtable_vllm.errors import ConfigError, MergePlanError
 from enchtable_vllm.plan.compute import PlanOptions, compute_plan
 from enchtable_vllm.plan.merge_plan import MergePlan
-from enchtable_vllm.plan.resolve import read_plan
+from enchtable_vllm.plan.resolve import read_plan, resolve_plan
 from enchtable_vllm.progress import Progress, silent
 from enchtable_vllm.vector import SafetyVector
 
@@ -55,14 +53,12 @@ def cached_plan(
         with FileLock(folder / f"{key}.lock"):
             if path.is_file():
                 with suppress(MergePlanError):  # damaged: computed again
-                    return read_plan(path)
+                    cached = read_plan(path)
+                    resolve_plan(*cached)
+                    return cached
             plan = compute_plan(task, base, vector, options, progress=progress)
-            partial = folder / f".{key}.{os.getpid()}.{secrets.token_hex(4)}"
-            with partial.open("w", encoding="utf-8") as file:
-                file.write(plan.to_json())
-                file.flush()
-                os.fsync(file.fileno())
-            partial.rename(path)
+            with FileTransaction(path) as partial:
+                partial.write_text(plan.to_json(), encoding="utf-8")
             return read_plan(path)
     except OSError as error:
         raise ConfigError(

@@ -250,6 +250,7 @@ def _check_related(
         raise MismatchError(
             f"{task.what} and {base.what}",
             expected="the base model that the task model was fine-tuned from",
-            got=f"weights that differ by {moved / whole:.0%} of the base model's own norm",
+            got=f"matrices that differ by a norm of {moved:.6g}, which is more than the base "
+            f"model's own, {whole:.6g}",
             fix="They are unrelated: give the right base model.",
         )

@@ -13,6 +13,7 @@ from enchtable_vllm.checkpoint import (
     on_hub,
     sampled_fingerprint,
 )
+from enchtable_vllm.checkpoint.files import is_there
 from enchtable_vllm.errors import MergePlanError
 from enchtable_vllm.merge.stream import check_rounding
 from enchtable_vllm.plan import (
@@ -101,7 +102,7 @@ def prepare(
 def _find_plan(config: LoaderConfig, task: Location, cache_dir: str | None) -> Path:
     if config.merge_plan is None:
         path = task.path / PLAN_FILE
-        if not path.is_file():
+        if not is_there(path):
             raise MergePlanError(
                 f"task model '{task}'",
                 expected=f"a '{PLAN_FILE}' in it, or 'merge_plan' or 'base_model' in "
@@ -111,7 +112,7 @@ def _find_plan(config: LoaderConfig, task: Location, cache_dir: str | None) -> P
             )
         return path
     path = Path(config.merge_plan).expanduser()
-    if path.is_file() or path.suffix == ".json":
+    if path.suffix == ".json" or (is_there(path) and not path.is_dir()):
         return path
     folder = locate(
         path, cache_dir=cache_dir, allow_patterns=(PLAN_FILE, f"*/{MASKS_STEM}*"), what="merge plan"

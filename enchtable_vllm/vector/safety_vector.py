@@ -9,7 +9,7 @@ import torch
 from pydantic import ValidationError
 
 from enchtable_vllm.checkpoint import Checkpoint, Location, locate, tensor_digest
-from enchtable_vllm.checkpoint.files import is_there, read_json
+from enchtable_vllm.checkpoint.files import is_there, read_json, refuse_link_out
 from enchtable_vllm.checkpoint.fingerprint import content_fingerprint
 from enchtable_vllm.errors import SafetyVectorError, summarize_faults
 from enchtable_vllm.vector.delta import Delta
@@ -111,13 +111,15 @@ class SafetyVector:
         folder = self.location.path.resolve()
         home = folder.parent.parent if self.location.repo_id is not None else folder
         for path in sorted(self.location.path.glob(f"{VECTOR_FILE_STEM}*")):
-            if path.is_symlink() and not path.resolve().is_relative_to(home):
+            try:
+                refuse_link_out(path, home)
+            except ValueError as error:
                 raise SafetyVectorError(
                     f"{self.what}, {path.name}",
                     expected="a file inside the folder",
-                    got=f"a link to '{path.resolve()}'",
+                    got=error,
                     fix="Put the file itself there.",
-                )
+                ) from error
 
     def _read_manifest(self) -> VectorManifest:
         path = self.location.path / VECTOR_MANIFEST

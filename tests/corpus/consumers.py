@@ -1,0 +1,226 @@
+"""Everything that reads an artefact: library calls, what a server does, and the command."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import stat
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import models
+from corpus.damages import Damage
+from models import Family
+from safetensors.torch import load_file
+
+from enchtable_vllm import cli
+from enchtable_vllm.checkpoint import Location, combine_digests, locate, tensor_digest
+from enchtable_vllm.errors import EnchTableError
+from enchtable_vllm.merge import MergeStream, merge_checkpoint
+from enchtable_vllm.plan import read_plan, resolve_plan
+from enchtable_vllm.serving.config import LoaderConfig
+from enchtable_vllm.serving.prepare import Prepared, prepare
+from enchtable_vllm.vector import SafetyVector, build_vector
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """One reader.
+
+    Attributes:
+        name: ``library:`` or ``command:`` and what it does.
+        reads: The artefacts that it reads.
+        run: (family, an empty folder for outputs) → what came out, comparable; raises
+            `EnchTableError` where the input is refused.
+    """
+
+    name: str
+    reads: frozenset[str]
+    run: Callable[[Family, Path], object]
+
+
+class RefusedByCommandError(Exception):
+    """The command ended with code 1; its text is standard error's."""
+
+
+def command(*arguments: object) -> str:
+    """`enchtable` in this process, through its real entry point; its standard output."""
+    out, err = io.StringIO(), io.StringIO()
+    before, code = sys.argv, 0
+    sys.argv = ["enchtable", *map(str, arguments)]
+    try:
+        with redirect_stdout(out), redirect_stderr(err):
+            cli.main()
+    except SystemExit as end:
+        code = end.code or 0
+    finally:
+        sys.argv = before
+    if code == 1:
+        raise RefusedByCommandError(err.getvalue())
+    assert code == 0, err.getvalue()
+    return out.getvalue()
+
+
+def refusal(run: Callable[[], object]) -> tuple[str | None, object]:
+    """(the message of a refusal or None, the result). Anything else is a crash and goes on."""
+    try:
+        return None, run()
+    except EnchTableError as error:
+        return f"{type(error).__name__}: {error}", None
+    except RefusedByCommandError as error:
+        return str(error), None
+
+
+def read_vector(family: Family, _: Path | None = None) -> object:
+    vector = SafetyVector.open(family.vector)
+    return {name: tensor_digest(vector.read(name)) for name in vector.tensors}
+
+
+def compute_plan(family: Family, _: Path) -> object:
+    return models.plan_for(family.task, family.base, family.vector, beta=0.5).to_json()
+
+
+def build(family: Family, out: Path) -> object:
+    return build_vector(locate(family.aligned), locate(family.surrogate), out / "v").manifest
+
+
+def resolve(family: Family, _: Path | None = None) -> object:
+    return resolve_plan(*read_plan(family.plan)).coefficients
+
+
+def merge(family: Family, out: Path) -> object:
+    vector, resolved = SafetyVector.open(family.vector), resolve_plan(*read_plan(family.plan))
+    return merge_checkpoint(Location(family.task), vector, resolved, out / "m").merged_digest
+
+
+def stream(prepared: Prepared, family: Family) -> object:
+    """As the loader streams: every stored tensor through the one merged stream."""
+    through = MergeStream(prepared.resolved, prepared.vector, what=prepared.what)
+    stored = {
+        n: t for p in sorted(family.task.glob("*.safetensors")) for n, t in load_file(p).items()
+    }
+    merged = {name: tensor_digest(tensor) for name, tensor in through.merge(stored.items())}
+    assert through.report is not None
+    return combine_digests(merged)
+
+
+def serve(family: Family, _: Path) -> object:
+    config = LoaderConfig.parse({})
+    return stream(prepare(config, str(family.task), None, None, device="cpu"), family)
+
+
+def serve_with_base(family: Family, out: Path) -> object:
+    """The plan is computed at load, and kept in a cache: an output as well."""
+    keys = {"base_model": str(family.base), "safety_vector": str(family.vector), "beta": 0.5}
+    with mock.patch.dict(os.environ, ENCHTABLE_CACHE=str(out / "cache")):
+        prepared = prepare(LoaderConfig.parse(keys), str(family.task), None, None, device="cpu")
+    return stream(prepared, family)
+
+
+def _plan_command(family: Family, out: Path) -> object:
+    names = ("--task-model", family.task, "--base-model", family.base)
+    command("plan", *names, "--safety-vector", family.vector, "-o", out / "p.json")
+    return (out / "p.json").read_text()
+
+
+def _merge_command(family: Family, out: Path) -> object:
+    names = ("--task-model", family.task, "--safety-vector", family.vector, "--plan", family.plan)
+    command("merge", *names, "-o", out / "m")
+    return {n: tensor_digest(t) for n, t in load_file(out / "m" / "model.safetensors").items()}
+
+
+def _build_command(family: Family, out: Path) -> object:
+    ends = ("--aligned", family.aligned, "--surrogate", family.surrogate)
+    command("vector", "build", *ends, "-o", out / "v")
+    return (out / "v" / "safety_vector.json").read_text()
+
+
+def _consumer(name: str, reads: str, run: Callable[[Family, Path], object]) -> Consumer:
+    return Consumer(name, frozenset(reads.split()), run)
+
+
+CONSUMERS = (
+    _consumer("read", "vector", read_vector),
+    _consumer("resolve", "plan", resolve),
+    _consumer("plan", "vector task base", compute_plan),
+    _consumer("merge", "vector plan task", merge),
+    _consumer("serve", "vector plan task", serve),
+    _consumer("serve with base", "vector task base", serve_with_base),
+    _consumer("build", "aligned", build),
+    _consumer(
+        "command: verify", "vector", lambda f, _: command("vector", "verify", f.vector) and None
+    ),
+    _consumer("command: plan", "vector task base", _plan_command),
+    _consumer("command: merge", "vector plan task", _merge_command),
+    _consumer("command: build", "aligned", _build_command),
+)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A good family and every consumer's result."""
+
+    family: Family
+    results: dict[str, object]
+
+
+def reference(family: Family, out: Path) -> Reference:
+    """Run every consumer on what is good: none may refuse."""
+    results = {}
+    for consumer in CONSUMERS:
+        (out / consumer.name).mkdir(parents=True)
+        message, results[consumer.name] = refusal(lambda c=consumer: c.run(family, out / c.name))
+        assert message is None
+    return Reference(family, results)
+
+
+def check_refused(good: Reference, family: Family, damage: Damage, out: Path) -> None:
+    """A damaged family through every consumer: a clear refusal, and nothing left behind."""
+    root, refused = family.task.parent, 0
+    before = files(root)
+    for consumer in CONSUMERS:
+        if damage.artefact not in consumer.reads:
+            continue
+        folder = out / consumer.name
+        folder.mkdir(parents=True)
+        folder.chmod(0o777)  # for tests without root's permissions
+        message, result = refusal(lambda c=consumer, o=folder: c.run(family, o))
+        if consumer.name in damage.blind | damage.other:
+            assert message is None, f"{consumer.name}: {message}"
+            assert consumer.name in damage.other or result == good.results[consumer.name]
+            continue
+        assert message is not None, f"{consumer.name} took it"
+        assert well_formed(message), message
+        assert re.search(damage.message, message), f"{consumer.name}: {message}"
+        assert left(folder) == [], consumer.name
+        refused += 1
+    assert refused
+    assert files(root) == before
+
+
+def well_formed(message: str) -> bool:
+    """One line: what, where: expected X, got Y. Do Z."""
+    form = r"\w+Error: .+: expected .+, got .*\. .+[.)]"
+    return re.fullmatch(form, message.strip()) is not None
+
+
+def left(folder: Path) -> list[Path]:
+    """What lies in an output folder; a cache may keep its locks and its whole plans."""
+    cached = {path for path in folder.glob("cache/plans/*") if path.suffix in (".lock", ".json")}
+    return [p for p in folder.rglob("*") if p not in cached and not p.is_dir()]
+
+
+def files(folder: Path) -> dict[Path, object]:
+    """Every file's bytes; of what is none, or huge, its kind and size."""
+    found: dict[Path, object] = {}
+    for path in sorted(folder.rglob("*")):
+        kind = path.lstat()
+        small = stat.S_ISREG(kind.st_mode) and kind.st_size < 10_000_000
+        readable = small and kind.st_mode & stat.S_IROTH
+        found[path] = path.read_bytes() if readable else kind.st_mode
+    return found
