@@ -1,0 +1,359 @@
+"""Feeds damaged artefacts to their readers, for as long as one likes.
+
+    python tests/fuzz/fuzz.py --seconds 36000
+
+Seeds are made by code. Each input is a seed with a few mutations, of bytes, of JSON or of a
+safetensors header; one that is refused in words not seen before joins the pool, so that damage
+builds on damage. A finding is anything that is neither a refusal (`EnchTableError`) nor a
+success that holds what `TARGETS` demands; its files are kept, and the command that feeds them
+again is printed. The same seed gives the same inputs.
+
+Not coverage-guided: what parses here is compiled (serde, pydantic's core), where a Python
+fuzzer sees nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import itertools
+import json
+import math
+import random
+import re
+import shutil
+import signal
+import struct
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+if __name__ == "__main__":  # pytest puts it on the path itself
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from corpus import seeds
+
+from enchtable_vllm.checkpoint import Checkpoint, sampled_fingerprint, tensor_digest
+from enchtable_vllm.errors import EnchTableError
+from enchtable_vllm.plan import ResolvedPlan, read_plan, resolve_plan
+from enchtable_vllm.plan.resolve import coefficient
+from enchtable_vllm.serving.config import LoaderConfig
+from enchtable_vllm.serving.prepare import prepare
+from enchtable_vllm.vector import SafetyVector
+
+#: A reader that takes longer hangs.
+HANGS_AFTER_SECONDS = 20
+#: A message without what differs from input to input.
+_VARIABLE = re.compile(r"'[^']*'|\d+|blake3:\w+")
+
+
+# --- what is fed, and what must hold when it is taken --------------------------------------------
+
+
+def feed_vector(folder: Path) -> object:
+    """Refused, or every value is what it was: the caller compares."""
+    vector = SafetyVector.open(folder)
+    return {name: tensor_digest(vector.read(name)) for name in vector.tensors}
+
+
+def feed_plan(folder: Path) -> None:
+    """Refused, or coefficients that follow from n, a and b and cannot exceed n."""
+    plan, digest = read_plan(folder / "merge_plan.json")
+    for beta in (None, 1e-3, 10.0):
+        _check(resolve_plan(plan, digest, beta=beta))
+
+
+def _check(resolved: ResolvedPlan) -> None:
+    n = resolved.norm_scale
+    assert 0 < n < math.inf
+    assert resolved.coefficients
+    for name, row in resolved.coefficients.items():
+        tensor = resolved.plan.tensors[name]
+        assert row == tuple(map(coefficient, itertools.repeat(n), tensor.a, tensor.b))
+        assert all(0 <= c <= n for c in row), row
+
+
+def feed_server(folder: Path) -> None:
+    """A whole model folder, as a server meets it before it reads a weight."""
+    _check(prepare(LoaderConfig.parse({}), str(folder), None, None, device="cpu").resolved)
+
+
+def feed_checkpoint(folder: Path) -> None:
+    """Refused, or readable to the last byte."""
+    checkpoint = Checkpoint(folder)
+    checkpoint.refuse_quantized()
+    sampled_fingerprint(checkpoint)
+    for name, header in checkpoint.tensors.items():
+        assert tuple(checkpoint.read(name).shape) == header.shape
+
+
+def feed_config(folder: Path) -> None:
+    """Refused, or of the types that were promised. vLLM has parsed the JSON by then."""
+    try:
+        extra = json.loads((folder / "extra.json").read_bytes())
+    except (ValueError, RecursionError):
+        return
+    config = LoaderConfig.parse(extra)
+    assert config.beta is None or 0 < config.beta < math.inf
+
+
+TARGETS: dict[str, Callable[[Path], object]] = {
+    "vector": feed_vector,
+    "plan": feed_plan,
+    "checkpoint": feed_checkpoint,
+    "server": feed_server,
+    "config": feed_config,
+}
+Files = dict[str, bytes]
+
+
+def make_seeds(folder: Path) -> list[tuple[str, Files]]:
+    """Good inputs of every kind: (target, files)."""
+    family = seeds.small_family(folder / "family")
+    found = [("vector", _files(family.vector)), ("checkpoint", _files(family.base))]
+    found += [("plan", {family.plan.name: family.plan.read_bytes()})]
+    found += [("server", _files(family.task))]
+    seeds.shard(family.vector, "safety_vector")
+    seeds.shard(family.base)
+    found += [("vector", _files(family.vector)), ("checkpoint", _files(family.base))]
+    extra = {"safety_vector": "v", "merge_plan": "p", "beta": 0.5, "scope": "attention"}
+    extra |= {"verify": "content", "inner_load_format": "auto", "inner_extra_config": {"a": 1}}
+    return [*found, ("config", {"extra.json": json.dumps(extra).encode()})]
+
+
+def _files(folder: Path) -> Files:
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+# --- mutations -----------------------------------------------------------------------------------
+
+NUMBERS = [0, -0.0, -1, 1, 2**31, 2**63, 2**64, -(2**63), 1e-320, 1e308, 1e999, math.nan, 0.1]
+WORDS = ["", "x", "../x", "/", "\0", "\ud800", "a" * 5000, "__metadata__", "1", "NaN", "F64", "I8"]
+ODD = [None, True, False, [], {}, [[]], *NUMBERS, *WORDS]
+SPLICES = [
+    b"NaN",
+    b"1e999",
+    b"-",
+    b"[" * 300,
+    b'{"a":' * 300,
+    b"\xff",
+    b"\0",
+    b'"',
+    b"\\ud800",
+    b"}",
+]
+
+
+def mutate_bytes(data: bytes, rng: random.Random) -> bytes:
+    """Change, cut, repeat or insert somewhere."""
+    at = rng.randrange(len(data) + 1)
+    end = min(len(data), at + rng.choice([1, 2, 8, 100, len(data)]))
+    kind = rng.randrange(5)
+    if kind == 0 and at < len(data):
+        return data[:at] + bytes([data[at] ^ (1 << rng.randrange(8))]) + data[at + 1 :]
+    if kind == 1:
+        return data[:at]
+    if kind == 2:
+        return data[:at] + data[end:]
+    if kind == 3:
+        return data[:at] + data[at:end] + data[at:]
+    return data[:at] + rng.choice(SPLICES) + data[end:]
+
+
+def mutate_json(value: object, rng: random.Random) -> object:
+    """Change one place of a document: a value, a key, an order, a length."""
+    if isinstance(value, dict) and value and rng.random() < 0.9:
+        key = rng.choice(list(value))
+        kind = rng.randrange(6)
+        if kind == 0:
+            return {k: v for k, v in value.items() if k != key}
+        if kind == 1:
+            return {(rng.choice(WORDS) if k == key else k): v for k, v in value.items()}
+        if kind == 2:
+            return value | {key: value[rng.choice(list(value))]}
+        return value | {key: mutate_json(value[key], rng)}
+    if isinstance(value, list) and value and rng.random() < 0.8:
+        at = rng.randrange(len(value))
+        changed = [mutate_json(value[at], rng)]
+        return value[:at] + rng.choice([[], changed, changed, value[at:] * 2]) + value[at + 1 :]
+    if isinstance(value, int | float) and not isinstance(value, bool) and rng.random() < 0.7:
+        return rng.choice([-value, value * 1.001, value + 1, value * 1e300, value / 3])
+    return rng.choice(ODD)
+
+
+def repair_plan(plan: dict[str, Any]) -> dict[str, Any]:
+    """A plan that was edited with care: its derived numbers follow from the others again."""
+    merged = [tensor for tensor in plan["tensors"].values() if tensor.get("a")]
+    plan["safety_norm"] = math.hypot(*(tensor["safety_norm"] for tensor in merged))
+    n = plan["norm_scale"] = plan["beta"] * plan["task_norm"] / plan["safety_norm"]
+    for tensor in merged:
+        tensor["interference"] = [a * n + b for a, b in zip(tensor["a"], tensor["b"], strict=True)]
+        tensor["attenuation"] = [math.exp(-x) for x in tensor["interference"]]
+        tensor["coefficient"] = [n * x for x in tensor["attenuation"]]
+    return plan
+
+
+def mutate_file(name: str, data: bytes, rng: random.Random) -> bytes:
+    """By the file's own structure, most of the time."""
+    if rng.random() < 0.3:
+        return mutate_bytes(data, rng)
+    try:
+        if name.endswith(".json"):
+            document = mutate_json(json.loads(data), rng)
+            if name.endswith("merge_plan.json") and rng.random() < 0.5:
+                document = repair_plan(cast(dict[str, Any], document))
+            return json.dumps(document).encode()
+        if name.endswith(".safetensors"):
+            (size,) = struct.unpack("<Q", data[:8])
+            header = json.dumps(mutate_json(json.loads(data[8 : 8 + size]), rng)).encode()
+            return struct.pack("<Q", len(header)) + header + data[8 + size :]
+    except (ValueError, RecursionError, ArithmeticError, LookupError, TypeError, AttributeError,
+            struct.error):  # fmt: skip
+        pass  # damaged already
+    return mutate_bytes(data, rng)
+
+
+# --- the loop ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Outcome:
+    """What a run did.
+
+    Attributes:
+        executions: Inputs fed.
+        outcomes: How often each target took or refused.
+        findings: Folders that reproduce what should not have happened.
+    """
+
+    executions: int = 0
+    outcomes: Counter[str] = field(default_factory=Counter)
+    findings: list[Path] = field(default_factory=list)
+
+
+class Hang(BaseException):
+    """A reader that does not end; no reader may catch it."""
+
+
+class Finding(Exception):
+    """Something that should not have happened; the cause says what."""
+
+
+@contextmanager
+def _alarm() -> Iterator[None]:
+    def hang(*_: object) -> None:
+        raise Hang(f"took more than {HANGS_AFTER_SECONDS} s")
+
+    before = signal.signal(signal.SIGALRM, hang)
+    signal.alarm(HANGS_AFTER_SECONDS)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def feed(target: str, files: Files, folder: Path, expected: object = None) -> str | None:
+    """Write the files and read them: a refusal's words, or None if they were taken.
+
+    Raises:
+        Finding: Neither of the two.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for name, data in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(data)
+    try:
+        with _alarm():
+            result = TARGETS[target](folder)
+            assert expected is None or result == expected, "taken, with other values"
+    except EnchTableError as error:
+        return f"{type(error).__name__}: {_VARIABLE.sub('', str(error))[:300]}"
+    except (Exception, Hang) as error:
+        raise Finding(f"{type(error).__name__}: {error}") from error
+    return None
+
+
+def fuzz(seconds: float, seed: int, out: Path) -> Outcome:
+    """Feed mutated seeds until the time is up.
+
+    Args:
+        seconds: How long.
+        seed: Of the random choices.
+        out: Where findings are kept.
+    """
+    rng, outcome = random.Random(seed), Outcome()
+    end = time.monotonic() + seconds
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as name:
+        work = Path(name)
+        good = make_seeds(work)
+        pool = {target: [files for kind, files in good if kind == target] for target in TARGETS}
+        fresh = {target: len(inputs) for target, inputs in pool.items()}
+        vector = pool["vector"][0]
+        assert feed("vector", vector, work / "input") is None
+        values = feed_vector(work / "input")
+        seen: set[str] = set()
+        while time.monotonic() < end:
+            target = rng.choice(list(TARGETS))
+            # Half of them from what is good: most of what is refused stays refused.
+            inputs = pool[target][: fresh[target]] if rng.random() < 0.5 else pool[target]
+            files = dict(rng.choice(inputs))
+            for _ in range(rng.choice([1, 1, 2, 4])):
+                name = rng.choice(list(files))
+                files[name] = mutate_file(name, files[name], rng)
+            outcome.executions += 1
+            try:
+                words = feed(target, files, work / "input", values if target == "vector" else None)
+            except Finding as finding:
+                outcome.findings.append(_keep(target, files, out, finding))
+                outcome.outcomes[f"{target}: finding"] += 1
+                continue
+            outcome.outcomes[f"{target}: {'taken' if words is None else 'refused'}"] += 1
+            if words is not None and words not in seen and len(seen) < 5000:
+                seen.add(words)
+                pool[target].append(files)
+    return outcome
+
+
+def _keep(target: str, files: Files, out: Path, finding: Finding) -> Path:
+    digest = hashlib.sha256(repr((target, sorted(files.items()))).encode()).hexdigest()[:12]
+    folder = out / f"{target}-{digest}"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(data)
+    traceback.print_exception(finding)
+    print(f"\nfeed it again: python tests/fuzz/fuzz.py --again {folder}\n", flush=True)
+    return folder
+
+
+def main() -> int:
+    """Fuzz, or feed a finding again; 1 if anything was found."""
+    parser = argparse.ArgumentParser(description="Feed damaged artefacts to their readers.")
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("fuzz-findings"), help="for findings")
+    parser.add_argument("--again", type=Path, help="a finding's folder")
+    options = parser.parse_args()
+    if options.again is not None:
+        target = options.again.name.split("-")[0]
+        print(TARGETS[target](options.again))
+        return 0
+    outcome = fuzz(options.seconds, options.seed, options.out)
+    print(f"{outcome.executions} executions, {len(outcome.findings)} findings")
+    for kind, count in sorted(outcome.outcomes.items()):
+        print(f"  {kind}: {count}")
+    return 1 if outcome.findings else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
