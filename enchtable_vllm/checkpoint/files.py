@@ -66,9 +66,9 @@ def refuse_link_out(path: Path, home: Path) -> None:
     try:
         target = path.resolve()
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop, before Python 3.13
-        raise ValueError("a link to itself") from error
+        raise ValueError(f"'{path.name}', a link to itself") from error
     if not target.is_relative_to(home):
-        raise ValueError(f"a link to '{target}'")
+        raise ValueError(f"'{path.name}', a link to '{target}'")
 
 
 def read_json(path: Path) -> tuple[Any, bytes]:

@@ -110,16 +110,19 @@ class SafetyVector:
         """A vector is read from its own folder; a Hub cache's snapshot, from its own blobs."""
         folder = self.location.path.resolve()
         home = folder.parent.parent if self.location.repo_id is not None else folder
-        for path in sorted(self.location.path.glob(f"{VECTOR_FILE_STEM}*")):
-            try:
-                refuse_link_out(path, home)
-            except ValueError as error:
-                raise SafetyVectorError(
-                    f"{self.what}, {path.name}",
-                    expected="a file inside the folder",
-                    got=error,
-                    fix="Put the file itself there.",
-                ) from error
+        try:
+            for path in sorted(self.location.path.iterdir()):
+                if path.name.startswith(VECTOR_FILE_STEM):
+                    refuse_link_out(path, home)
+        except (FileNotFoundError, NotADirectoryError):
+            return  # told by what is missing
+        except (OSError, ValueError) as error:
+            raise SafetyVectorError(
+                self.what,
+                expected="a readable folder that holds its files itself",
+                got=error,
+                fix="Check the path, and put the files themselves there.",
+            ) from error
 
     def _read_manifest(self) -> VectorManifest:
         path = self.location.path / VECTOR_MANIFEST

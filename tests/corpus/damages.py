@@ -567,7 +567,7 @@ def vector_files() -> Iterator[Damage]:
             path.symlink_to(family.base / "moved")
 
         yield _damage("vector", f"{name}: a link out of the folder", outside,
-                      "SafetyVectorError: .*expected a file inside the folder",
+                      "SafetyVectorError: .*holds its files itself.*, a link to",
                       proves="links out of the folder" if name == "tensors" else None)  # fmt: skip
 
 
@@ -658,6 +658,10 @@ def plan_words() -> Iterator[Damage]:
     ):  # fmt: skip
         yield edited(f"location {where}", "safety_vector", "location", value=where,
                      message="MergePlanError: .*safety_vector.location")  # fmt: skip
+
+    yield edited("location of a name too long", "safety_vector", "location", "path",
+                 value="a" * 300, message="SafetyVectorError: .*File name too long",
+                 blind=RESOLVE | {"merge", "command: merge"})  # fmt: skip
 
     def linked(family):
         outside = family.task.parent / "outside"

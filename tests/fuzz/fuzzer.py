@@ -1,6 +1,6 @@
 """Feeds damaged artefacts to their readers, for as long as one likes.
 
-    python tests/fuzz/fuzz.py --seconds 36000
+    python tests/fuzz/fuzzer.py --seconds 36000
 
 Seeds are made by code. Each input is a seed with a few mutations, of bytes, of JSON or of a
 safetensors header; one that is refused in words not seen before joins the pool, so that damage
@@ -15,6 +15,7 @@ fuzzer sees nothing.
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import itertools
 import json
@@ -29,7 +30,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,8 +65,14 @@ def feed_vector(folder: Path) -> object:
 
 
 def feed_plan(folder: Path) -> None:
-    """Refused, or coefficients that follow from n, a and b and cannot exceed n."""
+    """Refused, or coefficients that follow from n, a and b and cannot exceed n.
+
+    And those that a person reviews in the file are those that are merged.
+    """
     plan, digest = read_plan(folder / "merge_plan.json")
+    for name, row in resolve_plan(plan, digest).coefficients.items():
+        written = plan.tensors[name].coefficient
+        assert all(map(functools.partial(math.isclose, rel_tol=1e-8), row, written)), name
     for beta in (None, 1e-3, 10.0):
         _check(resolve_plan(plan, digest, beta=beta))
 
@@ -283,13 +290,22 @@ def feed(target: str, files: Files, folder: Path, expected: object = None) -> st
     return None
 
 
-def fuzz(seconds: float, seed: int, out: Path) -> Outcome:
+def fuzz(
+    seconds: float,
+    seed: int,
+    out: Path,
+    targets: Sequence[str] = tuple(TARGETS),
+    *,
+    until_found: bool = False,
+) -> Outcome:
     """Feed mutated seeds until the time is up.
 
     Args:
         seconds: How long.
         seed: Of the random choices.
         out: Where findings are kept.
+        targets: Which readers.
+        until_found: Stop at the first finding.
     """
     rng, outcome = random.Random(seed), Outcome()
     end = time.monotonic() + seconds
@@ -299,11 +315,11 @@ def fuzz(seconds: float, seed: int, out: Path) -> Outcome:
         pool = {target: [files for kind, files in good if kind == target] for target in TARGETS}
         fresh = {target: len(inputs) for target, inputs in pool.items()}
         vector = pool["vector"][0]
-        assert feed("vector", vector, work / "input") is None
+        feed("vector", vector, work / "input")
         values = feed_vector(work / "input")
         seen: set[str] = set()
         while time.monotonic() < end:
-            target = rng.choice(list(TARGETS))
+            target = rng.choice(targets)
             # Half of them from what is good: most of what is refused stays refused.
             inputs = pool[target][: fresh[target]] if rng.random() < 0.5 else pool[target]
             files = dict(rng.choice(inputs))
@@ -316,6 +332,8 @@ def fuzz(seconds: float, seed: int, out: Path) -> Outcome:
             except Finding as finding:
                 outcome.findings.append(_keep(target, files, out, finding))
                 outcome.outcomes[f"{target}: finding"] += 1
+                if until_found:
+                    break
                 continue
             outcome.outcomes[f"{target}: {'taken' if words is None else 'refused'}"] += 1
             if words is not None and words not in seen and len(seen) < 5000:
@@ -332,7 +350,7 @@ def _keep(target: str, files: Files, out: Path, finding: Finding) -> Path:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(data)
     traceback.print_exception(finding)
-    print(f"\nfeed it again: python tests/fuzz/fuzz.py --again {folder}\n", flush=True)
+    print(f"\nfeed it again: python tests/fuzz/fuzzer.py --again {folder}\n", flush=True)
     return folder
 
 
@@ -340,6 +358,7 @@ def main() -> int:
     """Fuzz, or feed a finding again; 1 if anything was found."""
     parser = argparse.ArgumentParser(description="Feed damaged artefacts to their readers.")
     parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--target", choices=TARGETS, action="append", help="all by default")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("fuzz-findings"), help="for findings")
     parser.add_argument("--again", type=Path, help="a finding's folder")
@@ -348,7 +367,7 @@ def main() -> int:
         target = options.again.name.split("-")[0]
         print(TARGETS[target](options.again))
         return 0
-    outcome = fuzz(options.seconds, options.seed, options.out)
+    outcome = fuzz(options.seconds, options.seed, options.out, options.target or tuple(TARGETS))
     print(f"{outcome.executions} executions, {len(outcome.findings)} findings")
     for kind, count in sorted(outcome.outcomes.items()):
         print(f"  {kind}: {count}")
