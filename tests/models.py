@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def perturbed(
     only: str = "",
     dtype: torch.dtype | None = None,
 ) -> Path:
-    """A copy of a checkpoint whose matrices differ by Gaussian noise: stands for a fine-tune."""
+    """A copy whose matrices and biases differ by Gaussian noise: stands for a fine-tune."""
     target.mkdir(parents=True)
     generator = torch.Generator().manual_seed(seed)
     for path in sorted(source.iterdir()):
@@ -55,7 +56,7 @@ def perturbed(
             continue
         tensors = load_file(path)
         for name, tensor in sorted(tensors.items()):
-            if only in name and tensor.ndim > 1:
+            if only in name and (tensor.ndim > 1 or name.endswith(".bias")):
                 noise = torch.randn(tensor.shape, generator=generator) * scale
                 tensor = (tensor.float() + noise).to(tensor.dtype)
             tensors[name] = tensor.to(dtype or tensor.dtype).contiguous()
@@ -87,13 +88,25 @@ class Family:
 
 
 def make_family(
-    aligned: Path, folder: Path, *, scope: str = "attention", beta: float = 0.5
+    aligned: Path,
+    folder: Path,
+    *,
+    scope: str = "attention",
+    beta: float = 0.5,
+    store: Callable[[Path], object] = lambda _: None,
+    extend: Callable[[Path], object] = lambda _: None,
 ) -> Family:
-    """Everything from one fp32 model, by random changes in place of training."""
+    """Everything from one fp32 model, by random changes in place of training.
+
+    Base and task model are stored anew by ``store``; the task model is changed by ``extend``.
+    """
     only = "self_attn" if scope == "attention" else ""
     surrogate = perturbed(aligned, folder / "surrogate", scale=2e-3, seed=1, only=only)
     base = perturbed(aligned, folder / "base", scale=0.0, seed=0, dtype=torch.bfloat16)
     task = perturbed(base, folder / "task", scale=2e-3, seed=2)
+    extend(task)
+    for model in (base, task):
+        store(model)
     vector = task / "safety-vector"
     build_vector(locate(aligned), locate(surrogate), vector, scope=scope)
     plan = plan_for(task, base, vector, beta=beta)

@@ -24,7 +24,6 @@ from enchtable_vllm.errors import (
     CheckpointError,
     ConfigError,
     EnchTableError,
-    QuantizedCheckpointError,
 )
 
 
@@ -135,27 +134,11 @@ def test_tensor_in_two_files_is_refused(damaged):
         Checkpoint(damaged.task)
 
 
-def test_pickled_and_missing_weights_are_refused_by_name(tmp_path):
-    with pytest.raises(CheckpointError, match="no such file"):
+def test_missing_weights_are_refused_by_name(tmp_path):
+    with pytest.raises(CheckpointError, match=r"'model.safetensors'.*'pytorch_model.bin'.*no such"):
         Checkpoint(tmp_path)
-    torch.save({}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="Convert it to safetensors"):
-        Checkpoint(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        {"quantization_config": {"quant_method": "compressed-tensors"}},
-        {"quantization_config": {"quant_method": "awq"}},
-        {"text_config": {"quantization_config": {"quant_method": "fp8"}}},
-    ],
-)
-def test_quantised_checkpoints_are_refused_by_name(damaged, config):
-    (damaged.task / "config.json").write_text(json.dumps(config))
-    method = str(config).split("quant_method': '")[1].split("'")[0]
-    with pytest.raises(QuantizedCheckpointError, match=f"'{method}'.*enchtable merge"):
-        Checkpoint(damaged.task).refuse_quantized()
+    with pytest.raises(CheckpointError, match=r"'vector.safetensors'.*no such file"):
+        Checkpoint(tmp_path, stem="vector")
 
 
 def test_locate(family, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 #: ``organisation/name``.
 REPO_ID = r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$"
 
-#: Weights in safetensors, and the small files around them. Never pickles.
+#: Weights in safetensors, and the small files around them.
 MODEL_PATTERNS = (
     "*.safetensors",
     "*.safetensors.index.json",
@@ -24,6 +25,8 @@ MODEL_PATTERNS = (
     "*.txt",
     "*.jinja",
 )
+#: Asked for only where a repository has no safetensors, as vLLM does.
+PICKLED_PATTERNS = ("*.bin",)
 
 
 @dataclass(frozen=True)
@@ -114,9 +117,12 @@ def on_hub(
         CheckpointError: It cannot be downloaded.
     """
     try:
-        folder = snapshot_download(
-            repo_id, revision=revision, cache_dir=cache_dir, allow_patterns=list(allow_patterns)
+        download = functools.partial(
+            snapshot_download, repo_id, revision=revision, cache_dir=cache_dir
         )
+        folder = download(allow_patterns=list(allow_patterns))
+        if allow_patterns is MODEL_PATTERNS and not any(Path(folder).glob("*.safetensors")):
+            folder = download(allow_patterns=[*allow_patterns, *PICKLED_PATTERNS])
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""Reading a safetensors checkpoint, sharded or not, one tensor at a time.
+"""Reading a checkpoint, sharded or not, one tensor at a time.
 
 Everything that headers and indexes can tell is checked when the checkpoint is opened, over
 all files and at once, so that a fault is not met after twenty minutes of work.
@@ -6,6 +6,7 @@ all files and at once, so that a fault is not met after twenty minutes of work.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,11 +17,16 @@ import torch
 from safetensors import SafetensorError
 
 from enchtable_vllm.checkpoint.files import is_there, read_json
+from enchtable_vllm.checkpoint.layout import find_layout
+from enchtable_vllm.checkpoint.pickled import PickledFile
+from enchtable_vllm.checkpoint.quantized import refuse_quantized
 from enchtable_vllm.checkpoint.safetensors_file import SafetensorsFile
-from enchtable_vllm.errors import CheckpointError, QuantizedCheckpointError, summarize_faults
+from enchtable_vllm.errors import CheckpointError, summarize_faults
 
 #: safetensors' dtype names, as torch's.
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
 
 
 @dataclass(frozen=True)
@@ -51,30 +57,44 @@ class Checkpoint:
     Args:
         folder: The folder.
         stem: Files are ``{stem}.safetensors``, or shards named by
-            ``{stem}.safetensors.index.json``. ``model`` also admits any other safetensors
-            files of the folder when there is no index, as vLLM does.
+            ``{stem}.safetensors.index.json``. ``model`` also admits what else vLLM's default
+            loader reads: see `find_layout`.
         what: How an error message calls it.
 
+    Attributes:
+        layout: Which of the folder's files are the weights.
+        tensors: Name → header, in name order.
+        second_names: Second name of a tensor → its first. A head that repeats the embedding it
+            is tied to is no tensor of its own: whoever merged only one of the two would undo
+            the tie. It is not among ``tensors``.
+
     Raises:
-        CheckpointError: No safetensors, a shard missing or truncated, a tensor twice or
+        CheckpointError: No weights, a shard missing or truncated, a tensor twice or
             missing, a header that is not one.
     """
 
     def __init__(self, folder: Path, *, stem: str = "model", what: str = "checkpoint") -> None:
         self.folder = folder
         self.what = f"{what} '{folder}'"
-        self._open: dict[str, SafetensorsFile] = {}
-        self.index_name = f"{stem}.safetensors.index.json"
+        self._open: dict[str, SafetensorsFile | PickledFile] = {}
+        self.layout = find_layout(folder, stem, self.what)
+        self.index_name = self.layout.index_name
         index = self._read_index()
-        self.files = sorted(set(index.values())) if index else self._find_files(stem)
+        self.files = sorted(set(index.values())) if index else list(self.layout.files)
         self.tensors: Mapping[str, TensorHeader] = self._read_headers()
         if index:
             self._check_index(index)
+        self.second_names = self._find_second_names() if stem == "model" else {}
+        self.tensors = {n: h for n, h in self.tensors.items() if n not in self.second_names}
 
     @cached_property
     def config(self) -> dict[str, Any]:
         """The folder's ``config.json``; empty when there is none."""
-        path = self.folder / "config.json"
+        return self.json("config.json")
+
+    def json(self, file: str) -> dict[str, Any]:
+        """A JSON file of the folder; empty when there is none."""
+        path = self.folder / file
         return read_json_object(path, self.what) if is_there(path) else {}
 
     @property
@@ -90,7 +110,7 @@ class Checkpoint:
     def names_by_file(self) -> Iterator[tuple[str, list[str]]]:
         """Each file with its tensors' names in the order of their bytes."""
         for file in self.files:
-            yield file, list(self._file(file).entries)
+            yield file, [name for name in self._file(file).entries if name in self.tensors]
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor, as stored, on the CPU, in memory of its own.
@@ -130,22 +150,9 @@ class Checkpoint:
         """Refuse a checkpoint whose numbers are packed.
 
         Raises:
-            QuantizedCheckpointError: Its config names a quantisation method.
+            QuantizedCheckpointError: A config names a quantisation method, or tensors show one.
         """
-        config = self.config
-        settings = config.get("quantization_config") or config.get("compression_config")
-        text_config = config.get("text_config")
-        if not settings and isinstance(text_config, dict):
-            settings = text_config.get("quantization_config")
-        if settings:
-            method = settings.get("quant_method") if isinstance(settings, dict) else settings
-            raise QuantizedCheckpointError(
-                f"{self.what}, config.json",
-                expected="bf16, fp16 or fp32 weights",
-                got=f"quantization method '{method}'",
-                fix="Merge into the unquantised checkpoint with 'enchtable merge', then quantise "
-                "the result; or serve the unquantised checkpoint with vLLM's '--quantization'.",
-            )
+        refuse_quantized(self)
 
     def _read_index(self) -> dict[str, str]:
         path = self.folder / self.index_name
@@ -178,42 +185,23 @@ class Checkpoint:
     def _has(self, file: str) -> bool:
         return is_there(self.folder / file)
 
-    def _find_files(self, stem: str) -> list[str]:
-        if stem != "model":
-            files = [f"{stem}.safetensors"] if self._has(f"{stem}.safetensors") else []
-        else:
-            files = sorted(name for name in self._listing() if name.endswith(".safetensors"))
-        if not files:
-            other = sorted(name for name in self._listing() if name.endswith(".bin"))
-            raise CheckpointError(
-                self.what,
-                expected=f"'{stem}.safetensors' or '{self.index_name}'",
-                got=f"pickled weights ('{other[0]}', ...)" if other else "no such file",
-                fix="Convert it to safetensors first: load it with transformers and call "
-                "save_pretrained."
-                if other
-                else "Check the path.",
-            )
-        return files
-
-    def _listing(self) -> list[str]:
-        try:
-            return [path.name for path in self.folder.iterdir()]
-        except OSError as error:
-            raise CheckpointError(
-                self.what, expected="a readable folder", got=error, fix="Check the path."
-            ) from error
-
-    def _file(self, file: str) -> SafetensorsFile:
+    def _file(self, file: str) -> SafetensorsFile | PickledFile:
         if file not in self._open:
+            pickled = self.layout.kind == "pickled"
+            path = self.folder / file
             try:
-                self._open[file] = SafetensorsFile(self.folder / file)
+                self._open[file] = PickledFile(path) if pickled else SafetensorsFile(path)
             except (SafetensorError, OSError, ValueError) as error:
                 raise CheckpointError(
                     f"{self.what}, file '{file}'",
-                    expected="a whole safetensors file",
+                    expected="tensors by name in torch's zip format, and nothing else"
+                    if pickled
+                    else "a whole safetensors file",
                     got=error,
-                    fix="It is truncated or corrupt: fetch or write it again.",
+                    fix="It is truncated, corrupt or not a plain state dict: fetch it again, or "
+                    "load it with transformers and call save_pretrained."
+                    if pickled
+                    else "It is truncated or corrupt: fetch or write it again.",
                 ) from error
         return self._open[file]
 
@@ -241,6 +229,9 @@ class Checkpoint:
             if name not in self.tensors or self.tensors[name].file != file
         ]
         faults += [f"'{name}' is not in the index" for name in self.tensors if name not in index]
+        if self.layout.kind == "pickled":  # of these vLLM reads every file, index or not
+            stale = sorted(set(self.layout.files) - set(self.files))
+            faults += [f"'{file}' is beside the files that it names" for file in stale]
         if faults:
             raise CheckpointError(
                 f"{self.what}, {self.index_name}",
@@ -248,6 +239,28 @@ class Checkpoint:
                 got=summarize_faults(faults),
                 fix="Download the checkpoint again.",
             )
+
+    def _find_second_names(self) -> dict[str, str]:
+        tied = [self.config, *(v for v in self.config.values() if isinstance(v, dict))]
+        if any(part.get("tie_word_embeddings") is False for part in tied):
+            return {}
+        heads = [h for name, h in self.tensors.items() if name.endswith("lm_head.weight")]
+        embeddings = [h for name, h in self.tensors.items() if name.endswith(_EMBEDDINGS)]
+        second_names: dict[str, str] = {}
+        for head, embedding in itertools.product(heads, embeddings):
+            if (head.dtype, head.shape) != (embedding.dtype, embedding.shape):
+                continue
+            if torch.equal(self.read(head.name), self.read(embedding.name)):
+                second_names[head.name] = embedding.name
+            elif self.layout.kind == "pickled" and self.config.get("tie_word_embeddings"):
+                # vLLM would tie them and drop the head, transformers would not.
+                raise CheckpointError(
+                    f"{self.what}, tensor '{head.name}'",
+                    expected=f"'{embedding.name}' again, because config.json ties them",
+                    got="another tensor",
+                    fix='Set "tie_word_embeddings" to false in config.json, or remove the tensor.',
+                )
+        return second_names
 
 
 def read_json_object(path: Path, what: str) -> dict[str, Any]:

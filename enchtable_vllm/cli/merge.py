@@ -64,4 +64,6 @@ def merge(
         print_json(report.to_json() | {"output": str(output)})
     else:
         say(report.line())
+        for note in report.notes:
+            say(note)
         say(f"merged model written to {output}")

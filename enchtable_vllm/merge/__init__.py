@@ -2,6 +2,7 @@
 
 from enchtable_vllm.merge.offline import merge_checkpoint
 from enchtable_vllm.merge.report import MergeReport
+from enchtable_vllm.merge.second_names import under_both_names
 from enchtable_vllm.merge.stream import MergeStream
 
-__all__ = ["MergeReport", "MergeStream", "merge_checkpoint"]
+__all__ = ["MergeReport", "MergeStream", "merge_checkpoint", "under_both_names"]

@@ -1,7 +1,9 @@
 """``enchtable merge``: an ordinary checkpoint, for whoever does not run vLLM.
 
 Files, their order and their headers stay as they are; so do config, tokenizer, chat template
-and whatever else lies in the folder. Only the bytes of merged tensors differ.
+and whatever else lies in the folder. Only the bytes of merged tensors differ. Two exceptions,
+both in the report's notes: pickled weights become safetensors, and a head that repeats the
+embedding it is tied to is left out, as transformers leaves it out.
 """
 
 from __future__ import annotations
@@ -19,9 +21,11 @@ from enchtable_vllm.checkpoint import (
     FolderTransaction,
     Location,
     ShardWriter,
+    TensorHeader,
     sampled_fingerprint,
 )
 from enchtable_vllm.checkpoint.files import open_regular, refuse_link_out
+from enchtable_vllm.checkpoint.writer import write_index
 from enchtable_vllm.errors import CheckpointError
 from enchtable_vllm.merge.report import MergeReport, Rounding
 from enchtable_vllm.merge.stream import MergeStream, check_rounding
@@ -88,15 +92,20 @@ def merge_checkpoint(
     with FolderTransaction(out, overwrite=overwrite, inputs=inputs) as folder:
         _copy_everything_else(task, folder)
         merged = stream.merge(_stored(task))
+        shards: dict[str, list[TensorHeader]] = {}
         for file, names in task.names_by_file():
-            headers = [task.tensors[name] for name in names]
-            with ShardWriter(folder / file, headers, task.metadata(file)) as writer:
+            target = _file_name(task, file)
+            shards[target] = [task.tensors[name] for name in names]
+            with ShardWriter(folder / target, shards[target], task.metadata(file)) as writer:
                 for name in names:
                     streamed, tensor = next(merged)
                     assert streamed == name
                     writer.write(name, tensor)
         assert next(merged, None) is None  # ends the stream: its checks run before the rename
+        if task.layout.kind == "pickled" or task.second_names:
+            write_index(folder, "model", shards)
     assert stream.report is not None
+    stream.report.notes += _notes(task)
     return stream.report
 
 
@@ -106,16 +115,41 @@ def _stored(task: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, task.read(name)
 
 
+def _file_name(task: Checkpoint, file: str) -> str:
+    """Where a file's tensors are written: ``pytorch_model-….bin`` goes to ``model-….safetensors``.
+
+    A lone file takes the one name that transformers finds without an index.
+    """
+    if task.layout.kind != "pickled":
+        return file
+    if len(task.files) == 1:
+        return "model.safetensors"
+    return Path(file).with_suffix(".safetensors").name.replace("pytorch_model", "model", 1)
+
+
+def _notes(task: Checkpoint) -> list[str]:
+    notes = [
+        f"'{second}' is left out: it repeats '{first}', to which the model ties it"
+        for second, first in task.second_names.items()
+    ]
+    if task.layout.kind == "pickled":
+        notes.append(f"pickled weights ('{task.files[0]}', ...) are written as safetensors")
+    return notes
+
+
 def _copy_everything_else(task: Checkpoint, folder: Path) -> None:
     """Every other file, in subfolders too.
 
-    Weights in other formats would not be merged, and a plan or a vector beside them was made
-    for the unmerged model: those stay behind.
+    Weights in other formats would not be merged, indexes may name them, and a plan or a vector
+    beside them was made for the unmerged model: those stay behind.
     """
+    rewritten = task.layout.kind == "pickled" or bool(task.second_names)
     vectors = {path.parent for path in task.folder.rglob(VECTOR_MANIFEST)}
     for source in sorted(task.folder.rglob("*")):
         inside = source.relative_to(task.folder)
         if not source.is_file() or source.suffix in _WEIGHTS or source.name == PLAN_FILE:
+            continue
+        if source.name.endswith(".index.json") and (rewritten or source.name != task.index_name):
             continue
         if any(part.startswith(".") for part in inside.parts) or vectors & set(source.parents):
             continue

@@ -51,6 +51,7 @@ class MergeReport:
         filtered: Tensors of the plan that this rank never sees (other ranks' experts).
         seconds: From the first tensor to the last.
         merged_digest: Of every merged byte, where that was asked for: equal for equal merges.
+        notes: What else the user should know about what was written.
     """
 
     resolved: ResolvedPlan
@@ -60,6 +61,7 @@ class MergeReport:
     filtered: int = 0
     seconds: float = 0.0
     merged_digest: str | None = None
+    notes: list[str] = field(default_factory=list)
 
     @property
     def total(self) -> Effect:
@@ -107,5 +109,6 @@ class MergeReport:
             "beta": self.resolved.beta,
             "scope": self.resolved.scope,
             "norm_scale": self.resolved.norm_scale,
+            "notes": self.notes,
             "seconds": self.seconds,
         }

@@ -52,7 +52,7 @@ def classify(task: Checkpoint, base: Checkpoint, vector: SafetyVector, scope: Sc
     for name in vector.tensors.keys() - task.tensors.keys():
         if not in_scope(name, scope):
             continue
-        if tied and name.endswith("lm_head.weight"):
+        if name in task.second_names or (tied and name.endswith("lm_head.weight")):
             classes.unused[name] = "the task model ties it to its embedding"
         else:
             faults.append(f"'{name}' is in the vector, not in the task model")

@@ -38,6 +38,7 @@ __all__ = [
     "is_skipped_expert",
     "logger",
     "may_look_ahead",
+    "pin_format",
     "read_from",
     "register",
     "shows_progress",
@@ -93,6 +94,11 @@ def inner_loader(load_config: LoadConfig, load_format: str, extra: dict[str, Any
             fix="Leave it out, or choose such a format.",
         )
     return inner
+
+
+def pin_format(inner: Any, load_format: str) -> None:
+    """Settle which files the inner loader reads: ``auto`` would look into the folder again."""
+    inner.load_config.load_format = load_format
 
 
 def all_weights(

@@ -14,7 +14,7 @@ import torch
 from tqdm.auto import tqdm
 
 from enchtable_vllm.errors import EnchTableError, IncompleteMergeError
-from enchtable_vllm.merge import MergeStream
+from enchtable_vllm.merge import MergeStream, under_both_names
 from enchtable_vllm.serving import compat, last_word
 from enchtable_vllm.serving.config import LoaderConfig
 from enchtable_vllm.serving.prepare import Prepared, prepare
@@ -98,7 +98,7 @@ class EnchTableModelLoader(compat.BaseModelLoader):  # type: ignore[misc]  # vll
         # The inner loader iterates its own `get_all_weights`; give it the merged one.
         stored = self._inner.get_all_weights
         self._inner.get_all_weights = lambda config, module: self._merged(
-            stream, stored(config, module)
+            prepared, stream, stored(config, module)
         )
         try:
             self._inner.load_weights(model, _checked(model_config, prepared))
@@ -123,7 +123,7 @@ class EnchTableModelLoader(compat.BaseModelLoader):  # type: ignore[misc]  # vll
         """
         prepared = self._prepare(model_config, _device_of(model))
         stored = compat.all_weights(self._inner, _checked(model_config, prepared), model)
-        return self._merged(self._stream(prepared, model), stored)
+        return self._merged(prepared, self._stream(prepared, model), stored)
 
     def _prepare(self, model_config: compat.ModelConfig, device: torch.device) -> Prepared:
         bar: Any = None  # there is none unless a plan is computed
@@ -136,7 +136,7 @@ class EnchTableModelLoader(compat.BaseModelLoader):  # type: ignore[misc]  # vll
             if done == total:
                 bar.close()
 
-        return prepare(
+        prepared = prepare(
             self.config,
             model_config.model,
             model_config.revision,
@@ -144,6 +144,8 @@ class EnchTableModelLoader(compat.BaseModelLoader):  # type: ignore[misc]  # vll
             device=str(device) if device.type == "cuda" else "cpu",
             progress=progress,
         )
+        compat.pin_format(self._inner, prepared.load_format)
+        return prepared
 
     def _stream(self, prepared: Prepared, model: torch.nn.Module) -> MergeStream:
         bar = self._bar("Loading weights, merging", total=len(prepared.resolved.plan.tensors))
@@ -181,9 +183,12 @@ class EnchTableModelLoader(compat.BaseModelLoader):  # type: ignore[misc]  # vll
         )
 
     def _merged(
-        self, stream: MergeStream, stored: Iterator[tuple[str, torch.Tensor]]
+        self,
+        prepared: Prepared,
+        stream: MergeStream,
+        stored: Iterator[tuple[str, torch.Tensor]],
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        yield from stream.merge(stored)
+        yield from under_both_names(stream.merge, stored, prepared.second_names)
         assert stream.report is not None
         for warning in stream.report.warnings():
             _log.warning(warning)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from enchtable_vllm.checkpoint import (
     sampled_fingerprint,
 )
 from enchtable_vllm.checkpoint.files import is_there
-from enchtable_vllm.errors import MergePlanError
+from enchtable_vllm.errors import ConfigError, MergePlanError
 from enchtable_vllm.merge.stream import check_rounding
 from enchtable_vllm.plan import (
     PLAN_FILE,
@@ -44,6 +45,8 @@ class Prepared:
         resolved: The plan in force.
         vector: The safety vector.
         masks: The plan's, if it has any.
+        load_format: What vLLM calls the files that were checked.
+        second_names: As `Checkpoint.second_names`.
     """
 
     task: Location
@@ -51,6 +54,8 @@ class Prepared:
     resolved: ResolvedPlan
     vector: SafetyVector
     masks: MergeMasks | None
+    load_format: str
+    second_names: Mapping[str, str]
 
 
 def prepare(
@@ -78,6 +83,7 @@ def prepare(
     task = locate(model, revision=revision, cache_dir=cache_dir, what="task model")
     checkpoint = Checkpoint(task.path, what="task model")
     checkpoint.refuse_quantized()
+    load_format = stored_format(checkpoint, config.inner_load_format)
     fingerprint = sampled_fingerprint(checkpoint)
     masks = None
     if config.base_model is not None:
@@ -96,7 +102,37 @@ def prepare(
     resolved.check_task_model(fingerprint, checkpoint.what)
     resolved.check_headers(checkpoint, vector)
     check_rounding(config.rounding, resolved, checkpoint)
-    return Prepared(task, checkpoint.what, resolved, vector, masks)
+    return Prepared(
+        task, checkpoint.what, resolved, vector, masks, load_format, checkpoint.second_names
+    )
+
+
+def stored_format(checkpoint: Checkpoint, chosen: str) -> str:
+    """The inner load format with which vLLM reads the very files that were checked.
+
+    ``auto`` would prefer Mistral's ``consolidated*.safetensors``, whose names no plan made from
+    the other files knows; and some formats read files beside those that were checked.
+
+    Args:
+        checkpoint: The task model.
+        chosen: ``inner_load_format``.
+
+    Raises:
+        ConfigError: That format reads other files.
+    """
+    kind, chosen = checkpoint.layout.kind, chosen.lower()
+    fitting = "mistral" if kind == "consolidated" else "hf"
+    if chosen == "auto":
+        return fitting
+    others = {"pt", "npcache"} | ({"mistral"} if kind == "safetensors" else set())
+    if chosen in others or (kind == "pickled" and chosen != "hf"):
+        raise ConfigError(
+            "model_loader_extra_config, 'inner_load_format'",
+            expected=f"a format that reads '{checkpoint.files[0]}', which was checked",
+            got=f"'{chosen}'",
+            fix=f'Leave it out, or set "inner_load_format": "{fitting}".',
+        )
+    return chosen
 
 
 def _find_plan(config: LoaderConfig, task: Location, cache_dir: str | None) -> Path:

@@ -35,7 +35,8 @@ def served_weights(worker):
             found[name] = digest(parameter)
     for name, module in model.named_modules():
         if isinstance(module, LinearBase) and module.weight.numel() == 0:
-            identity = torch.eye(module.input_size_per_partition, dtype=module.params_dtype)
+            width = getattr(module, "input_size_per_partition", module.input_size)
+            identity = torch.eye(width, dtype=module.params_dtype)
             found[name + ".weight"] = digest(module.quant_method.apply(module, identity))
     return found
 

@@ -1,0 +1,85 @@
+"""Weights in a ``.bin``: read without running what a pickle may ask for.
+
+Only tensors come out of `torch.load` with ``weights_only=True``; a pickle that wants anything
+else is refused. The tensors stay mapped from the file, so opening one reads its headers alone.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from enchtable_vllm.checkpoint.files import open_regular
+
+_DTYPES = {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int16: "I16",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int32: "I32",
+    torch.float32: "F32",
+    torch.int64: "I64",
+    torch.float64: "F64",
+}
+
+
+class PickledFile:
+    """An opened ``.bin``, with the methods of a `SafetensorsFile`.
+
+    Args:
+        path: The file.
+
+    Attributes:
+        entries: Name → (dtype in safetensors' spelling, shape), in the file's order.
+        metadata: A pickle has none; this is what safetensors files made from torch say.
+
+    Raises:
+        ValueError: It is not a plain dictionary of dense tensors, or not in torch's own zip
+            format (files of before torch 1.6 are not).
+        OSError: It cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        os.close(open_regular(path))  # torch would wait for a FIFO's writer
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except OSError:
+            raise
+        except Exception as error:  # a damaged pickle fails in any way that Python knows
+            reason = str(error).strip().splitlines() or [""]
+            raise ValueError(f"{type(error).__name__}: {reason[0]}") from error
+        if not isinstance(state, dict):
+            raise ValueError(f"a {type(state).__name__} where tensors by name belong")
+        for name, value in state.items():
+            _check(name, value)
+        self._tensors: dict[str, torch.Tensor] = {n: t.detach() for n, t in state.items()}
+        self.metadata = {"format": "pt"}
+        self.entries = {n: (_DTYPES[t.dtype], tuple(t.shape)) for n, t in self._tensors.items()}
+
+    def nbytes(self, name: str) -> int:
+        """How many bytes a tensor's data takes."""
+        return self._tensors[name].nbytes
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor, row-major, in memory of its own."""
+        return self._tensors[name].clone(memory_format=torch.contiguous_format)
+
+    def read_bytes(self, name: str, at: int, count: int) -> bytes:
+        """A part of a tensor's bytes; less than ``count`` at its end."""
+        flat = self._tensors[name].contiguous().reshape(-1)
+        return bytes(flat.view(torch.uint8).numpy().data[at : at + count]) if flat.numel() else b""
+
+
+def _check(name: object, value: object) -> None:
+    if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+        raise ValueError(f"{name!r} is a {type(value).__name__}, not a tensor with a name")
+    if value.layout is not torch.strided or value.is_meta or value.dtype not in _DTYPES:
+        raise ValueError(f"'{name}' is {value.dtype}, {value.layout}, on '{value.device}'")
+    if value.nbytes > value.untyped_storage().nbytes():
+        raise ValueError(f"'{name}' is larger than what is stored of it")
