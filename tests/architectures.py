@@ -27,7 +27,7 @@ _OWN = {
     "mixtral": {"num_local_experts": 4, **_EXPERTS},
     "granitemoe": {"num_local_experts": 4, **_EXPERTS},
 }
-_MISTRAL = {
+MISTRAL = {
     "embed_tokens": "tok_embeddings",
     "self_attn": "attention",
     "q_proj": "wq",
@@ -106,7 +106,7 @@ def consolidated(folder: Path) -> None:
     stored = {}
     for path in _files(folder):
         for name, tensor in load_file(path).items():
-            parts = [_MISTRAL.get(part, part) for part in name.removeprefix("model.").split(".")]
+            parts = [MISTRAL.get(part, part) for part in name.removeprefix("model.").split(".")]
             if parts[-2] in heads:  # rotary halves, interleaved there
                 halves = tensor.view(heads[parts[-2]], 2, -1, tensor.shape[1])
                 tensor = halves.transpose(1, 2).reshape(tensor.shape)

@@ -13,6 +13,8 @@ from enchtable_vllm.plan import read_plan, resolve_plan
 from enchtable_vllm.vector import SafetyVector
 
 PROBE = Path(__file__).parent / "serving" / "probe.py"
+#: For `probe`, on one rank: every setting after one start.
+ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 _NOT_INHERITED = ("TRITON_INTERPRET", "VLLM_PLUGINS")
 
 
@@ -23,10 +25,10 @@ def environment(**more):
     return inherited | own | more
 
 
-def probe(settings, **variables):
+def probe(settings, program=PROBE, **variables):
     """What real vLLM serves under each setting, and everything it printed."""
     done = subprocess.run(
-        [sys.executable, str(PROBE), json.dumps(settings)],
+        [sys.executable, str(program), json.dumps(settings)],
         capture_output=True,
         text=True,
         check=False,
@@ -36,6 +38,16 @@ def probe(settings, **variables):
     found = re.search(r"^RESULT (.*)$", done.stdout, re.MULTILINE)
     assert found, printed[-6000:]
     return json.loads(found[1]), printed
+
+
+def changed(one, other):
+    """Names of weights that differ on some rank."""
+    return {
+        name
+        for mine, theirs in zip(one["weights"], other["weights"], strict=True)
+        for name in mine
+        if mine[name] != theirs[name]
+    }
 
 
 def merged_offline(family, folder):

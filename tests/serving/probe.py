@@ -11,6 +11,14 @@ import json
 import os
 import sys
 
+SAMPLING = {"temperature": 0.0, "max_tokens": 8, "logprobs": 3, "detokenize": False}
+COMMON = {
+    "dtype": "bfloat16",
+    "max_model_len": 128,
+    "max_num_seqs": 4,
+    "disable_log_stats": True,
+    "skip_tokenizer_init": True,
+}
 PROMPTS = [[1, 5, 9, 200, 17], [3, 4, 5, 6, 7, 8, 9, 10, 11]]
 
 
@@ -41,37 +49,66 @@ def served_weights(worker):
     return found
 
 
+def told(outputs):
+    """Tokens and logprobs."""
+    return {
+        "tokens": [list(o.outputs[0].token_ids) for o in outputs],
+        "logprobs": [
+            [{str(t): lp.logprob for t, lp in step.items()} for step in o.outputs[0].logprobs]
+            for o in outputs
+        ],
+    }
+
+
 def reload(worker):
     worker.model_runner.reload_weights()
+
+
+def make_scannable():
+    """Let vLLM 0.32 start twice in one process beside llvmlite.
+
+    Each start reads ``__dict__`` of everything in every module, to replace Triton kernels, and
+    llvmlite's library object answers to that name, as to any other, with a foreign function.
+    """
+    from llvmlite.binding import ffi
+
+    ffi.lib._fntab["__dict__"] = {}
 
 
 def run(setting):
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.lora.request import LoRARequest
 
+    make_scannable()
     reloads = setting.pop("reload", False)
+    weights_only = setting.pop("weights_only", False)
+    adapter = setting.pop("adapter", None)
+    refused = setting.pop("refused", False)
     if setting.get("tensor_parallel_size", 1) == 1:
         setting["distributed_executor_backend"] = "uni"
-    llm = LLM(
-        dtype="bfloat16",
-        max_model_len=128,
-        max_num_seqs=4,
-        disable_log_stats=True,
-        skip_tokenizer_init=True,
-        **setting,
-    )
+    try:
+        llm = LLM(**COMMON, **setting)
+    except Exception as error:
+        if not refused:
+            raise
+        cleanup_dist_env_and_memory()
+        return {"refused": f"{type(error).__name__}: {error}"}
+
+    def generate(llm, lora_request=None):
+        outputs = llm.generate(
+            [{"prompt_token_ids": p} for p in PROMPTS],
+            SamplingParams(**SAMPLING),
+            use_tqdm=False,
+            lora_request=lora_request,
+        )
+        return told(outputs)
 
     def look(llm):
-        sampling = SamplingParams(temperature=0.0, max_tokens=8, logprobs=3, detokenize=False)
-        outputs = llm.generate([{"prompt_token_ids": p} for p in PROMPTS], sampling, use_tqdm=False)
-        return {
-            "weights": llm.collective_rpc(served_weights),
-            "tokens": [list(o.outputs[0].token_ids) for o in outputs],
-            "logprobs": [
-                [{str(t): lp.logprob for t, lp in step.items()} for step in o.outputs[0].logprobs]
-                for o in outputs
-            ],
-        }
+        seen = {"weights": llm.collective_rpc(served_weights)}
+        if adapter:
+            seen["adapter"] = generate(llm, LoRARequest("adapter", 1, adapter))
+        return seen if weights_only else seen | generate(llm)
 
     seen = {"first": look(llm)}
     if reloads:

@@ -5,9 +5,7 @@ greedy tokens with the same logprobs.
 """
 
 import pytest
-from vllm_runs import merged_offline, probe
-
-ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+from vllm_runs import ONE_PROCESS, changed, merged_offline, probe
 
 
 @pytest.fixture(scope="module")
@@ -48,16 +46,6 @@ def one_rank(family, merged, real_family, tmp_path_factory):
     return dict(zip(settings, results, strict=True)), printed
 
 
-def changed(one, other):
-    """Names of weights that differ on some rank."""
-    return {
-        name
-        for mine, theirs in zip(one["weights"], other["weights"], strict=True)
-        for name in mine
-        if mine[name] != theirs[name]
-    }
-
-
 def test_the_probe_sees_a_merge(one_rank):
     """The digests differ exactly where the plan merges: the other tests can fail."""
     seen, _ = one_rank
@@ -70,24 +58,33 @@ def test_the_probe_sees_a_merge(one_rank):
     assert seen["unmerged"]["first"]["tokens"] != seen["offline"]["first"]["tokens"]
 
 
-@pytest.mark.parametrize("pair", ["", " compiled"], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    "pair",
+    [
+        pytest.param("", id="eager", marks=pytest.mark.supports("`--enforce-eager`")),
+        pytest.param(" compiled", id="compiled", marks=pytest.mark.supports("compiled")),
+    ],
+)
 def test_served_is_the_offline_merge(one_rank, pair):
     seen, _ = one_rank
     assert seen["ours" + pair]["first"] == seen["offline" + pair]["first"]
 
 
+@pytest.mark.supports("`reload_weights`")
 @pytest.mark.parametrize("pair", ["", " compiled"], ids=["eager", "compiled"])
 def test_reload_serves_the_merge_again(one_rank, pair):
     seen, _ = one_rank
     assert seen["ours" + pair]["reloaded"] == seen["ours" + pair]["first"]
 
 
+@pytest.mark.supports("multithreaded loading as the inner format")
 def test_another_inner_format_serves_the_same(one_rank):
     seen, printed = one_rank
     assert seen["another inner format"]["first"] == seen["offline"]["first"]
     assert printed.count("merged weights ") == 1  # the digest that "verify": "content" adds
 
 
+@pytest.mark.supports("speculative decoding (the draft model unmerged)")
 def test_a_draft_model_passes_through_and_the_log_says_so(one_rank, family):
     seen, printed = one_rank
     with_draft, offline = seen["with a draft model"]["first"], seen["offline"]["first"]
@@ -96,6 +93,7 @@ def test_a_draft_model_passes_through_and_the_log_says_so(one_rank, family):
     assert printed.count(f"draft model '{family.base}' passes through unmerged") == 1
 
 
+@pytest.mark.supports("SmolLM2-135M-Instruct")
 def test_the_real_small_model(one_rank):
     seen, _ = one_rank
     assert seen["real ours"]["first"] == seen["real offline"]["first"]
@@ -127,6 +125,7 @@ def two_ranks(family, merged):
     return offline, ours, printed
 
 
+@pytest.mark.supports("tensor parallelism (`-tp 2`)")
 def test_tensor_parallel_ranks_serve_the_offline_merge(two_ranks):
     offline, ours, printed = two_ranks
     assert len(ours["first"]["weights"]) == 2

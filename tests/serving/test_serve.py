@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from vllm_runs import environment
 
 from enchtable_vllm.demo.server import Server, free_port
@@ -15,6 +16,7 @@ OURS = ["--load-format", "enchtable"]
 VLLM = Path(sys.executable).with_name("vllm")
 
 
+@pytest.mark.supports("`vllm serve` over HTTP")
 def test_the_shortest_form_serves_over_http(real_family, small_model, tmp_path):
     """No key at all: the folder carries plan and vector. Asked through the OpenAI client."""
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
@@ -55,6 +57,7 @@ def last_word(output):
     return message
 
 
+@pytest.mark.refuses("plans made for another model")
 def test_a_fault_in_headers_is_the_last_word_and_no_weight_is_read(family):
     """The plan is for another model."""
     output = refused(
@@ -68,6 +71,7 @@ def test_a_fault_in_headers_is_the_last_word_and_no_weight_is_read(family):
     assert "Loading weights" not in output
 
 
+@pytest.mark.refuses("vectors whose bytes changed")
 def test_a_fault_in_content_stops_the_server_before_it_is_ready(damaged):
     path = damaged.vector / "safety_vector.safetensors"
     data = bytearray(path.read_bytes())
@@ -78,6 +82,7 @@ def test_a_fault_in_content_stops_the_server_before_it_is_ready(damaged):
     assert "Its bytes changed since it was built" in message
 
 
+@pytest.mark.refuses("unknown loader keys")
 def test_a_misspelt_key_is_refused_by_name(family):
     extra = '{"saftey_vector": "x"}'
     message = last_word(refused(family.task, "--model-loader-extra-config", extra))
