@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+from fnmatch import fnmatch
 
 import architectures
 import models
@@ -13,9 +14,10 @@ from typer.testing import CliRunner
 from vllm_runs import merged_offline
 
 from enchtable_vllm import cli
-from enchtable_vllm.checkpoint import Checkpoint, sampled_fingerprint
+from enchtable_vllm.checkpoint import Checkpoint, Location, on_hub, sampled_fingerprint
 from enchtable_vllm.errors import CheckpointError, EnchTableError
 from enchtable_vllm.serving.prepare import stored_format
+from enchtable_vllm.vector import SafetyVector, build_vector
 
 
 @pytest.fixture(scope="module")
@@ -198,3 +200,32 @@ def test_two_sets_of_weights_without_an_index_are_refused(damaged):
     architectures.consolidated(damaged.task)
     with pytest.raises(CheckpointError, match=r"one set of weights.*Move the consolidated files"):
         Checkpoint(damaged.task)
+
+
+def test_a_vector_of_two_pickled_models_is_the_same_vector(tied, tmp_path):
+    copy = models.copy_family(tied, tmp_path / "copy")
+    for model in (copy.aligned, copy.surrogate):
+        architectures.pickled(model)
+    build_vector(Location(copy.aligned), Location(copy.surrogate), tmp_path / "v", scope="all")
+    assert (
+        SafetyVector.open(tmp_path / "v").fingerprint == SafetyVector.open(tied.vector).fingerprint
+    )
+
+
+@pytest.mark.parametrize("safetensors", [False, True])
+def test_pickles_are_downloaded_only_where_there_is_nothing_else(
+    tmp_path, monkeypatch, safetensors
+):
+    """Against a repository that is a folder: the Hub itself is not to be had in a test."""
+    files = ["config.json", "pytorch_model.bin"] + ["model.safetensors"] * safetensors
+
+    def download(*_, allow_patterns, **__):
+        for name in files:
+            if any(fnmatch(name, pattern) for pattern in allow_patterns):
+                (tmp_path / name).touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr("enchtable_vllm.checkpoint.location.snapshot_download", download)
+    on_hub("organisation/name", None)
+    present = {path.name for path in tmp_path.iterdir()}
+    assert present == set(files) - ({"pytorch_model.bin"} if safetensors else set())
