@@ -246,7 +246,7 @@ EXTRA = {
     "dtype": "F32",
     "norm": 0,
     "digest": "blake3:" + "0" * 64,
-    "aligned_sample": [],
+    "aligned_sample": [0.0],
 }
 
 
@@ -257,7 +257,7 @@ EXTRA = {
         (("surprise",), 1, "surprise"),
         (("norm",), -1.0, "norm"),
         (("tensors", Q, "digest"), "md5:0", "digest"),
-        (("tensors", Q, "shape"), [1, 2], "in the manifest"),
+        (("tensors", Q, "shape"), [65536], "in the manifest"),
         (("tensors", Q, "dtype"), "F32", "in the manifest"),
         (("tensors", "extra"), EXTRA, "'extra' is in no file"),
         (("tensors",), {}, "not in the manifest"),

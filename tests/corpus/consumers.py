@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from enchtable_vllm import cli
 from enchtable_vllm.checkpoint import Location, combine_digests, locate, tensor_digest
+from enchtable_vllm.checkpoint.norm import finite_norm
 from enchtable_vllm.errors import EnchTableError
 from enchtable_vllm.merge import MergeStream, merge_checkpoint
 from enchtable_vllm.plan import read_plan, resolve_plan
@@ -77,8 +78,10 @@ def refusal(run: Callable[[], object]) -> tuple[str | None, object]:
 
 
 def read_vector(family: Family, _: Path | None = None) -> object:
+    """As planning reads: whether a delta is finite shows in its norm."""
     vector = SafetyVector.open(family.vector)
-    return {name: tensor_digest(vector.read(name)) for name in vector.tensors}
+    deltas = {name: vector.read(name).float() for name in vector.tensors}
+    return {n: (tensor_digest(t), finite_norm(t, f"tensor '{n}'")) for n, t in deltas.items()}
 
 
 def compute_plan(family: Family, _: Path) -> object:
@@ -100,7 +103,9 @@ def merge(family: Family, out: Path) -> object:
 
 def stream(prepared: Prepared, family: Family) -> object:
     """As the loader streams: every stored tensor through the one merged stream."""
-    through = MergeStream(prepared.resolved, prepared.vector, what=prepared.what)
+    through = MergeStream(
+        prepared.resolved, prepared.vector, what=prepared.what, masks=prepared.masks
+    )
     stored = {
         n: t for p in sorted(family.task.glob("*.safetensors")) for n, t in load_file(p).items()
     }

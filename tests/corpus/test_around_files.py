@@ -44,10 +44,10 @@ def merge(family, out, **options):
 def test_a_file_that_is_replaced_is_read_on_as_it_was(family):
     """As a package manager or a download replaces files: the old one lives while it is open."""
     vector = SafetyVector.open(family.vector)
-    expected = vector.read(seeds.Q)
+    expected = vector.read(seeds.Q).values
     seeds.edit_tensors(family.base, lambda tensors: tensors)
     seeds.weights(family.base).replace(seeds.weights(family.vector))
-    assert torch.equal(vector.read(seeds.Q), expected)
+    assert torch.equal(vector.read(seeds.Q).values, expected)
 
 
 def overwrite(path):
@@ -272,7 +272,7 @@ def test_a_hub_cache_is_made_of_links(small, tmp_path):
         shutil.move(path, blobs / str(i))
         path.symlink_to(f"../../blobs/{i}")
     vector = SafetyVector.open(snapshot)
-    assert {n: vector.read(n).shape for n in vector.tensors}
+    assert {n: vector.read(n).values.shape for n in vector.tensors}
 
 
 # --- signals -------------------------------------------------------------------------------------

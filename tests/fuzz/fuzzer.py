@@ -61,7 +61,7 @@ _VARIABLE = re.compile(r"'[^']*'|\d+|blake3:\w+")
 def feed_vector(folder: Path) -> object:
     """Refused, or every value is what it was: the caller compares."""
     vector = SafetyVector.open(folder)
-    return {name: tensor_digest(vector.read(name)) for name in vector.tensors}
+    return {name: tensor_digest(vector.read(name).float()) for name in vector.tensors}
 
 
 def feed_plan(folder: Path) -> None:

@@ -3,6 +3,8 @@
 import pytest
 from fuzz import fuzzer
 
+from enchtable_vllm.vector import Delta
+
 
 def test_nothing_is_found(tmp_path):
     outcome = fuzzer.fuzz(8.0, 0, tmp_path)
@@ -14,7 +16,7 @@ def test_nothing_is_found(tmp_path):
 @pytest.mark.parametrize(
     ("target", "name", "weaker"),
     [
-        ("vector", "vector.SafetyVector.read", lambda self, name: self._files.read(name)),
+        ("vector", "vector.SafetyVector.read", lambda self, name: Delta(self._files.read(name))),
         ("checkpoint", "checkpoint.reader.SafetensorError", ZeroDivisionError),
         ("plan", "plan.resolve._check_own_numbers", lambda _: None),
     ],

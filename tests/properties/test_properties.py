@@ -30,6 +30,7 @@ from enchtable_vllm.plan import MergePlan, PlannedTensor, VectorReference, read_
 from enchtable_vllm.plan.resolve import coefficient
 from enchtable_vllm.vector import (
     SCOPES,
+    Delta,
     ModelReference,
     SafetyVector,
     build_vector,
@@ -135,7 +136,9 @@ def test_any_changed_bit_changes_the_fingerprint_and_sharding_does_not(tensors, 
 FLOATS = st.sampled_from(["F32", "BF16", "F16"])
 
 
-@given(st.sampled_from(["bf16", "fp32"]), FLOATS, st.integers(1, 5000), st.integers(0, 2**32))
+@given(
+    st.sampled_from(["bf16", "fp32", "int8"]), FLOATS, st.integers(1, 5000), st.integers(0, 2**32)
+)
 def test_a_built_vector_is_the_difference(dtype, stored, most, seed):
     generator = torch.Generator().manual_seed(seed)
     with tempfile.TemporaryDirectory() as name:
@@ -155,8 +158,10 @@ def test_a_built_vector_is_the_difference(dtype, stored, most, seed):
         assert vector.manifest.model_dump_json(indent=2) + "\n" == text
         for key in models[0]:
             delta = models[0][key].float() - models[1][key].float()
-            expected = delta.to(torch.bfloat16 if dtype == "bf16" else torch.float32)
-            assert torch.equal(vector.read(key), expected)
+            expected = {
+                "bf16": delta.bfloat16(), "fp32": delta, "int8": Delta.quantized(delta).float(),
+            }[dtype]  # fmt: skip
+            assert torch.equal(vector.read(key).float(), expected.float())
 
 
 @pytest.fixture(scope="module")
