@@ -10,8 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 
 from enchtable_vllm.checkpoint import Fingerprint
 from enchtable_vllm.checkpoint.location import REPO_ID
-from enchtable_vllm.plan.interference import Rung
 from enchtable_vllm.vector import ModelReference, Scope
+from enchtable_vllm.vector.factors import Rung
 
 PLAN_FILE = "merge_plan.json"
 

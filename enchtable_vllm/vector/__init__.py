@@ -1,6 +1,7 @@
 """Safety vectors: aligned − surrogate, on disk, verified byte by byte when used."""
 
 from enchtable_vllm.vector.build import BuildReport, build_vector
+from enchtable_vllm.vector.factor_files import add_factors
 from enchtable_vllm.vector.format import (
     VECTOR_FILE_STEM,
     VECTOR_MANIFEST,
@@ -21,6 +22,7 @@ __all__ = [
     "Scope",
     "VectorManifest",
     "VectorTensor",
+    "add_factors",
     "build_vector",
     "in_scope",
     "narrows",
