@@ -124,7 +124,7 @@ def open_factors(vector: SafetyVector, rank_fraction: float, device: str) -> Fac
         SafetyVectorError: They are there for this γ, and damaged or stale.
     """
     entry = vector.manifest.factors
-    if entry is None or not any(vector.location.path.glob(f"{FACTORS_FILE_STEM}*")):
+    if entry is None or not _present(vector):
         return None
     made_for = (entry.rank_fraction, entry.computation, entry.device)
     if made_for != (rank_fraction, COMPUTATION, torch.device(device).type):
@@ -295,3 +295,20 @@ def factor_bytes(vector: SafetyVector) -> int:
     entry = vector.manifest.factors
     headers = [] if entry is None else _headers(vector, entry.rank_fraction)
     return sum(4 * math.prod(header.shape) for header in headers)
+
+
+def verify_factors(vector: SafetyVector) -> None:
+    """Check every byte of a vector's cached factors, if they are there.
+
+    Raises:
+        SafetyVectorError: They are damaged or stale.
+    """
+    if vector.manifest.factors is not None and _present(vector):
+        files = FactorFiles(vector)
+        for name in vector.manifest.factors.tensors:
+            files.read(name)
+
+
+def _present(vector: SafetyVector) -> bool:
+    """Whether any of the files is there: a download may have left them out."""
+    return any(vector.location.path.glob(f"{FACTORS_FILE_STEM}*"))
