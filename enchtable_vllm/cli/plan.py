@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import statistics
 from pathlib import Path
@@ -101,6 +102,7 @@ def plan(
                 )
             file.write(made.to_json())
             file.flush()
+            os.fsync(file.fileno())
             partial.rename(path)
         except BaseException:
             partial.unlink()

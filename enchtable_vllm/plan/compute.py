@@ -12,7 +12,7 @@ from enchtable_kernels import Effect, fused_add
 from enchtable_vllm.checkpoint import Checkpoint, Location
 from enchtable_vllm.errors import ConfigError, MismatchError, summarize_faults
 from enchtable_vllm.plan.classify import classify
-from enchtable_vllm.plan.journal import Journal, Terms
+from enchtable_vllm.plan.journal import Journal
 from enchtable_vllm.plan.measure import Measured, Measurement
 from enchtable_vllm.plan.merge_plan import (
     MergePlan,
@@ -122,37 +122,53 @@ def compute_plan(
     steps = len(task.tensors) + len(merged)
     jobs = worker_count(options.jobs, options.device)
     measured: dict[str, Measured] = {}
-    planned: dict[str, PlannedTensor] = {}
-    total = Effect()
+    coefficients: dict[str, tuple[float, ...]] = {}
+    effects: dict[str, Effect] = {}
 
     def measure(name: str) -> Measured:
         return measurement.measure(name, in_norm=name in in_norm, merged=name in merged)
 
     def add(name: str) -> Effect:
-        _, sums = fused_add(task.read(name), vector.read(name), planned[name].coefficient)
+        _, sums = fused_add(task.read(name), vector.read(name), coefficients[name])
         return Effect.from_tensor(sums)
 
     with workers(jobs) as pool:
-        for name, found in in_order(pool, measure, task.tensors, jobs):
-            measured[name] = found
+        for name, seen in in_order(pool, measure, task.tensors, jobs):
+            measured[name] = seen
             progress(name, len(measured), steps)
         task_norm = _task_norm(measured.values(), task, base)
         if not options.allow_other_base:
             _check_aligned(measured, vector, base)
-        terms = {name: found.terms for name, found in measured.items() if found.terms is not None}
+        terms = {name: seen.terms for name, seen in measured.items() if seen.terms is not None}
         n, safety_norm = norm_scale(
             options.beta, task_norm, (found.safety_norm for found in terms.values())
         )
-        planned = {name: _planned(terms[name], n, measured[name].digest) for name in terms}
-        for done, (name, effect) in enumerate(in_order(pool, add, planned, jobs), 1):
-            total += effect
-            share = round(effect.retained_share, 6)
-            planned[name] = planned[name].model_copy(update={"retained_share": share})
-            progress(name, len(measured) + done, steps)
-    kept = {
+        for name, found in terms.items():
+            coefficients[name] = tuple(
+                coefficient(n, a, b) for a, b in zip(found.a, found.b, strict=True)
+            )
+        for name, effect in in_order(pool, add, coefficients, jobs):
+            effects[name] = effect
+            progress(name, len(measured) + len(effects), steps)
+    tensors = {
         name: PlannedTensor(action="keep", task_digest=measured[name].digest, reason=why)
         for name, why in classes.keep.items()
     }
+    for name, found in terms.items():
+        interference = tuple(a * n + b for a, b in zip(found.a, found.b, strict=True))
+        tensors[name] = PlannedTensor(
+            action="merge",
+            task_digest=measured[name].digest,
+            safety_norm=found.safety_norm,
+            a=found.a,
+            b=found.b,
+            interference=interference,
+            attenuation=tuple(math.exp(-x) for x in interference),
+            coefficient=coefficients[name],
+            rungs=found.rungs,
+            retained_share=round(effects[name].retained_share, 6),
+        )
+    total = sum(effects.values(), start=Effect())
     return MergePlan(
         task_model=task_model,
         base_model=base_model,
@@ -167,24 +183,7 @@ def compute_plan(
         norm_scale=n,
         retained_share=round(total.retained_share, 6),
         unused=classes.unused,
-        tensors=dict(sorted((kept | planned).items())),
-    )
-
-
-def _planned(terms: Terms, n: float, digest: str) -> PlannedTensor:
-    """A merged tensor at a norm scale, its outcome not known yet."""
-    rows = list(zip(terms.a, terms.b, strict=True))
-    interference = tuple(a * n + b for a, b in rows)
-    return PlannedTensor(
-        action="merge",
-        task_digest=digest,
-        safety_norm=terms.safety_norm,
-        a=terms.a,
-        b=terms.b,
-        interference=interference,
-        attenuation=tuple(math.exp(-x) for x in interference),
-        coefficient=tuple(coefficient(n, a, b) for a, b in rows),
-        rungs=terms.rungs,
+        tensors=dict(sorted(tensors.items())),
     )
 
 
