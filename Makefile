@@ -3,7 +3,7 @@ VENV ?= .venv
 READY := $(VENV)/.ready
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test test-gpu test-slow lint types format bench clean
+.PHONY: help setup demo test test-gpu test-slow lint types format bench bench-plan clean
 help: ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /|/' | column -t -s '|'
 
@@ -38,6 +38,9 @@ format: $(READY) ## Rewrite in the project's style.
 
 bench: $(READY) ## Measure the fused addition on this machine.
 	@$(BIN)/python benchmarks/fused_add.py
+
+bench-plan: $(READY) ## Measure planning against the algorithm as published; ten minutes.
+	@$(BIN)/python benchmarks/plan.py
 
 clean: ## Remove what was built; .venv stays.
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from enchtable_vllm.plan.interference import factor, interference_terms
+from enchtable_vllm.plan.interference import interference_terms
+from enchtable_vllm.vector.factors import factor
 
 GAMMA = 0.5
 TOLERANCE = 1e-4

@@ -9,8 +9,8 @@ import torch
 import typer
 
 from enchtable_vllm.checkpoint import locate
+from enchtable_vllm.cli.options import check_device
 from enchtable_vllm.cli.output import print_json, progress_bar, say, warn
-from enchtable_vllm.cli.plan import check_device
 from enchtable_vllm.cli.vector import JsonOption
 from enchtable_vllm.merge import merge_checkpoint
 from enchtable_vllm.merge.report import Rounding

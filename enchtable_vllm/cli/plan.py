@@ -14,7 +14,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from enchtable_vllm.checkpoint import FileTransaction, Location, locate
-from enchtable_vllm.cli.output import out, print_json, progress_bar, say, warn
+from enchtable_vllm.cli.options import DeviceOption, JobsOption, check_device
+from enchtable_vllm.cli.output import errors, out, print_json, progress_bar, say, warn
 from enchtable_vllm.cli.vector import JsonOption
 from enchtable_vllm.errors import ConfigError
 from enchtable_vllm.merge.report import outcome_warnings
@@ -25,6 +26,7 @@ from enchtable_vllm.plan import (
     VectorLocation,
     compute_plan,
 )
+from enchtable_vllm.plan.journal import Journal
 from enchtable_vllm.plan.summary import KindSummary, summarize
 from enchtable_vllm.vector import SafetyVector, Scope
 
@@ -46,19 +48,24 @@ def plan(
     scope: Annotated[
         Scope | None, typer.Option(help="Default: the vector's own.", show_default=False)
     ] = None,
-    device: Annotated[str, typer.Option(help="Where the linear algebra runs: cpu, cuda.")] = "cpu",
+    device: DeviceOption = "cpu",
     allow_other_base: Annotated[
         bool,
         typer.Option(
             "--allow-other-base", help="Accept a vector that was built from another base model."
         ),
     ] = False,
+    jobs: JobsOption = None,
+    no_resume: Annotated[
+        bool, typer.Option("--no-resume", help="Do not continue where an interrupted run stopped.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Plan a merge: how much of the safety vector each matrix of a fine-tune can take.
 
     The plan is small and deterministic; with it, loading needs neither the base model nor
-    linear algebra. a and b are stored, so another --beta costs nothing later.
+    linear algebra. a and b are stored, so another --beta costs nothing later. Interrupted, it
+    continues when it is run again.
     """
     task = locate(task_model, what="task model")
     path = output or _default_output(task)
@@ -70,17 +77,27 @@ def plan(
         scope=scope,
         device=check_device(device),
         allow_other_base=allow_other_base,
+        jobs=jobs,
     )
     base = locate(base_model, what="base model")
-    vector = SafetyVector.open(safety_vector)
+    vector = SafetyVector.open(safety_vector, factors=True)
     where = _portable_location(vector.location, path)
     _refuse_input(path, (task.path, base.path, vector.location.path))
     with FileTransaction(path) as partial:  # before the work: can it be written?
-        with progress_bar("Planning") as progress:
+        journal = Journal(
+            path.with_name(f".{path.name}.journal"), resume=not no_resume, announce=_announce
+        )
+        with journal, progress_bar("Planning") as progress:
             made = compute_plan(
-                task, base, vector, options, vector_location=where, progress=progress
+                task,
+                base,
+                vector,
+                options,
+                vector_location=where,
+                journal=journal,
+                progress=progress,
             )
-        partial.write_text(made.to_json(), encoding="utf-8")
+            partial.write_text(made.to_json(), encoding="utf-8")
     attenuations = [x for tensor in made.merged.values() for x in tensor.attenuation]
     median = statistics.median(attenuations)
     for warning in outcome_warnings(median, made.retained_share, made.beta):
@@ -90,6 +107,10 @@ def plan(
         print_json(_to_json(made, kinds, path))
     else:
         _print(made, kinds, path, task, vector.location)
+
+
+def _announce(done: int, total: int) -> None:
+    errors.print(f"resuming: {done} of {total} matrices were done", highlight=False)
 
 
 def _default_output(task: Location) -> Path:
@@ -113,29 +134,6 @@ def _refuse_input(path: Path, inputs: tuple[Path, ...]) -> None:
             got=f"'{path}', a file of an input",
             fix="Choose another name.",
         )
-
-
-def check_device(name: str) -> str:
-    """A device that torch can use here.
-
-    Raises:
-        ConfigError: It cannot.
-    """
-    import torch
-
-    try:
-        device = torch.device(name)
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError("neither cpu nor cuda")
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(
-            "--device",
-            expected="a device of this machine",
-            got=f"'{name}': {str(error).splitlines()[0]}",
-            fix="Use 'cpu', or 'cuda' where torch sees a GPU.",
-        ) from error
-    return name
 
 
 def _portable_location(vector: Location, plan_path: Path) -> VectorLocation | None:

@@ -13,15 +13,19 @@ from rich.table import Table
 
 from enchtable_vllm.checkpoint import locate, short
 from enchtable_vllm.checkpoint.files import read_json
+from enchtable_vllm.cli.options import DeviceOption, JobsOption, check_device
 from enchtable_vllm.cli.output import out, print_json, progress_bar, say, warn
 from enchtable_vllm.errors import ConfigError, SafetyVectorError
-from enchtable_vllm.vector import SafetyVector, Scope, build_vector
+from enchtable_vllm.vector import SafetyVector, Scope, add_factors, build_vector
 from enchtable_vllm.vector.build import StoredDtype
+from enchtable_vllm.vector.factor_files import factor_bytes, verify_factors
 
 app = typer.Typer(no_args_is_help=True, help="Build, inspect and verify safety vectors.")
 
 VectorArgument = Annotated[str, typer.Argument(help="Folder, or Hub id[@revision].")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+RankFraction = Annotated[float, typer.Option(help="γ of the plans that will use the factors.")]
+ShardGigabytes = Annotated[float, typer.Option(help="Larger files are sharded.", min=1e-6)]
 _BYTES = {"BF16": 2, "F32": 4}
 
 
@@ -37,9 +41,11 @@ def build(
     recipe: Annotated[
         Path | None, typer.Option(help="A JSON object to record: how the surrogate was made.")
     ] = None,
-    max_shard_gb: Annotated[
-        float, typer.Option(help="Larger vectors are sharded.", min=1e-6)
-    ] = 5.0,
+    factors: Annotated[
+        bool, typer.Option("--factors", help="Cache what a plan needs of it; see 'factor'.")
+    ] = False,
+    rank_fraction: RankFraction = 0.5,
+    max_shard_gb: ShardGigabytes = 5.0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -48,8 +54,7 @@ def build(
     Give fp32 checkpoints: two 16-bit ones differ only where a change was large enough to
     survive rounding.
     """
-    if math.isnan(max_shard_gb):  # which no bound of the option's catches
-        raise ConfigError("--max-shard-gb", expected="a number", got=max_shard_gb, fix="Give one.")
+    shard_bytes = _shard_bytes(max_shard_gb)
     with progress_bar("Building") as progress:
         report = build_vector(
             locate(aligned, what="aligned model"),
@@ -58,7 +63,8 @@ def build(
             scope=scope,
             dtype=dtype,
             recipe=_read_recipe(recipe),
-            max_shard_bytes=int(max_shard_gb * 1e9),
+            max_shard_bytes=shard_bytes,
+            factors=rank_fraction if factors else None,
             overwrite=overwrite,
             progress=progress,
         )
@@ -72,6 +78,41 @@ def build(
     if report.unchanged:
         say(f"{len(report.unchanged)} tensors in scope are identical in both: left out")
     say("Handle it like the surrogate: subtracted from the aligned model it gives that model back.")
+
+
+@app.command(name="factor")
+def add(
+    vector: Annotated[Path, typer.Argument(help="The vector's folder.", exists=True)],
+    rank_fraction: RankFraction = 0.5,
+    device: DeviceOption = "cpu",
+    jobs: JobsOption = None,
+    max_shard_gb: ShardGigabytes = 5.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Cache what a plan needs of a vector beside it: about half of a plan's work.
+
+    The vector itself, its fingerprint and the plans made with it stay what they are.
+    """
+    with progress_bar("Factoring") as progress:
+        add_factors(
+            SafetyVector.open(vector),
+            rank_fraction=rank_fraction,
+            device=check_device(device),
+            jobs=jobs,
+            max_shard_bytes=_shard_bytes(max_shard_gb),
+            progress=progress,
+        )
+    opened = SafetyVector.open(vector)
+    if as_json:
+        print_json(_summary(opened))
+    else:
+        _print_summary(opened)
+
+
+def _shard_bytes(gigabytes: float) -> int:
+    if math.isnan(gigabytes):  # which no bound of the option's catches
+        raise ConfigError("--max-shard-gb", expected="a number", got=gigabytes, fix="Give one.")
+    return int(gigabytes * 1e9)
 
 
 @app.command()
@@ -103,6 +144,7 @@ def verify(vector: VectorArgument, as_json: JsonOption = False) -> None:
             progress(name, done, len(names))
     total = math.sqrt(math.fsum(norm * norm for norm in norms))
     _check_norm(opened, "total", opened.manifest.norm, total)
+    verify_factors(opened)
     if as_json:
         print_json(_summary(opened) | {"verified": True})
     else:
@@ -151,6 +193,9 @@ def _summary(vector: SafetyVector) -> dict[str, object]:
         ),
         "norm": manifest.norm,
         "zero_share": manifest.zero_share,
+        "factors": None
+        if manifest.factors is None
+        else {"rank_fraction": manifest.factors.rank_fraction, "bytes": factor_bytes(vector)},
     }
 
 
@@ -168,4 +213,7 @@ def _print_summary(vector: SafetyVector) -> None:
     table.add_row("tensors", f"{summary['tensors']} ({summary['bytes']:,} bytes)")
     table.add_row("norm", f"{manifest.norm:.6g}")
     table.add_row("exact zeros", f"{manifest.zero_share:.2%}")
+    if manifest.factors is not None:
+        gamma, size = manifest.factors.rank_fraction, factor_bytes(vector)
+        table.add_row("cached factors", f"for rank fraction {gamma:g} ({size:,} bytes)")
     out.print(table)

@@ -11,13 +11,14 @@ from enchtable_vllm.checkpoint import Checkpoint, FileTransaction, Location, sam
 from enchtable_vllm.envs import cache_folder
 from enchtable_vllm.errors import ConfigError, MergePlanError
 from enchtable_vllm.plan.compute import PlanOptions, compute_plan
+from enchtable_vllm.plan.journal import Journal
 from enchtable_vllm.plan.merge_plan import MergePlan
 from enchtable_vllm.plan.resolve import read_plan, resolve_plan
 from enchtable_vllm.progress import Progress, silent
 from enchtable_vllm.vector import SafetyVector
 
 #: Part of the key: raised whenever the computation changes.
-_COMPUTATION = 1
+_COMPUTATION = 2
 
 
 def cached_plan(
@@ -30,7 +31,8 @@ def cached_plan(
 ) -> tuple[MergePlan, str]:
     """The plan for these inputs and the digest of its file; computed only if not at hand.
 
-    The first of several ranks computes; the others wait for its file. Several machines make
+    The first of several ranks computes; the others wait for its file. An interrupted
+    computation continues at the next start. Several machines make
     several computations: share ``ENCHTABLE_CACHE`` between them, or make the plan ahead.
 
     Raises:
@@ -56,8 +58,11 @@ def cached_plan(
                     cached = read_plan(path)
                     resolve_plan(*cached)
                     return cached
-            plan = compute_plan(task, base, vector, options, progress=progress)
-            with FileTransaction(path) as partial:
+            with (
+                FileTransaction(path) as partial,
+                Journal(folder / f"{key}.journal") as journal,
+            ):
+                plan = compute_plan(task, base, vector, options, journal=journal, progress=progress)
                 partial.write_text(plan.to_json(), encoding="utf-8")
             return read_plan(path)
     except OSError as error:

@@ -17,8 +17,8 @@ from pydantic import (
 
 from enchtable_vllm.checkpoint import Fingerprint
 from enchtable_vllm.checkpoint.location import REPO_ID
-from enchtable_vllm.plan.interference import Rung
 from enchtable_vllm.vector import ModelReference, Scope
+from enchtable_vllm.vector.factors import Rung
 
 PLAN_FILE = "merge_plan.json"
 #: ``keep_bits.safetensors``, in a folder of its own.

@@ -2,6 +2,7 @@
 
 from enchtable_vllm.vector.build import BuildReport, build_vector
 from enchtable_vllm.vector.delta import Delta
+from enchtable_vllm.vector.factor_files import add_factors
 from enchtable_vllm.vector.format import (
     VECTOR_FILE_STEM,
     VECTOR_MANIFEST,
@@ -23,6 +24,7 @@ __all__ = [
     "Scope",
     "VectorManifest",
     "VectorTensor",
+    "add_factors",
     "build_vector",
     "in_scope",
     "narrows",

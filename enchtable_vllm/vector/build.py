@@ -15,6 +15,7 @@ from enchtable_vllm.checkpoint import (
     Location,
     ShardWriter,
     TensorHeader,
+    local,
     tensor_digest,
 )
 from enchtable_vllm.checkpoint.norm import finite_norm
@@ -23,6 +24,8 @@ from enchtable_vllm.errors import MismatchError, summarize_faults
 from enchtable_vllm.progress import Progress, silent
 from enchtable_vllm.vector.card import vector_card
 from enchtable_vllm.vector.delta import Delta
+from enchtable_vllm.vector.factor_files import add_factors
+from enchtable_vllm.vector.factors import check_rank_fraction
 from enchtable_vllm.vector.format import (
     SCALE,
     VECTOR_FILE_STEM,
@@ -34,6 +37,7 @@ from enchtable_vllm.vector.format import (
     scale_shape,
     spread_sample,
 )
+from enchtable_vllm.vector.safety_vector import SafetyVector
 from enchtable_vllm.vector.scope import Scope, in_scope
 
 StoredDtype = Literal["bf16", "fp32", "int8"]
@@ -76,6 +80,7 @@ def build_vector(
     dtype: StoredDtype = "bf16",
     recipe: dict[str, Any] | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    factors: float | None = None,
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> BuildReport:
@@ -90,6 +95,7 @@ def build_vector(
             one scale for each 64 elements: half of bf16's bytes, at a relative error near 5e-3.
         recipe: Recorded in the manifest.
         max_shard_bytes: Larger vectors are sharded.
+        factors: A γ: cache what plans with it need of the vector; see `add_factors`.
         overwrite: Replace ``out``.
         progress: Called with each tensor's name, how many are done, and how many there are.
 
@@ -100,7 +106,10 @@ def build_vector(
         MismatchError: The models do not belong together, or nothing differs.
         NonFiniteError: A difference is not finite.
         CheckpointError: A checkpoint cannot be read or is quantised.
+        ConfigError: ``out`` is in use, or γ is none.
     """
+    if factors is not None:
+        check_rank_fraction(factors)
     first = Checkpoint(aligned.path, what="aligned model")
     second = Checkpoint(surrogate.path, what="surrogate")
     for checkpoint in (first, second):
@@ -151,6 +160,13 @@ def build_vector(
         )
         (folder / VECTOR_MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
         (folder / "README.md").write_text(vector_card(manifest, out.name))
+        if factors is not None:
+            manifest = add_factors(
+                SafetyVector(local(folder)),
+                rank_fraction=factors,
+                max_shard_bytes=max_shard_bytes,
+                progress=progress,
+            )
     dtypes = {c.tensors[h.name].dtype for c in (first, second) for h in changed}
     return BuildReport(manifest, unchanged, not dtypes <= {"F32"})
 

@@ -14,10 +14,12 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, model_validat
 
 from enchtable_kernels import scales_per_row
 from enchtable_vllm.checkpoint import Checkpoint, Fingerprint, Location, sampled_fingerprint
+from enchtable_vllm.vector.factors import Rung
 from enchtable_vllm.vector.scope import Scope
 
 VECTOR_MANIFEST = "safety_vector.json"
 VECTOR_FILE_STEM = "safety_vector"
+FACTORS_FILE_STEM = "safety_vector_factors"
 
 #: What an int8 tensor's name is given for its scales.
 SCALE = ".scale"
@@ -123,6 +125,42 @@ class VectorTensor(BaseModel):
         return held
 
 
+class MatrixFactors(BaseModel):
+    """What `enchtable_vllm.vector.factors.Factors` of one matrix are stored beside the vector.
+
+    Attributes:
+        rung, rank, exponent: As there.
+        digest: blake3 over these three, γ, the delta's own digest, and the bytes of both factors.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    rung: Rung
+    rank: Annotated[int, Field(ge=0)]
+    exponent: int
+    digest: Fingerprint
+
+
+class CachedFactors(BaseModel):
+    """Factors of every matrix of the vector: what a plan needs of it, computed ahead.
+
+    Attributes:
+        computation: Of `enchtable_vllm.vector.factors`, by number.
+        device: ``cpu`` or ``cuda``: where they were computed.
+        rank_fraction: γ.
+        vector: The content fingerprint of the vector that they were computed from.
+        tensors: Name → its matrices: one, or as many as the stack has.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    computation: int
+    device: Literal["cpu", "cuda"]
+    rank_fraction: Annotated[float, Field(gt=0, le=1)]
+    vector: Fingerprint
+    tensors: dict[str, tuple[MatrixFactors, ...]]
+
+
 class VectorManifest(BaseModel):
     """The whole file.
 
@@ -133,6 +171,7 @@ class VectorManifest(BaseModel):
         norm: L2 over all deltas.
         zero_share: The share of elements that are exactly zero.
         recipe: How it was made; free-form.
+        factors: What lies in ``safety_vector_factors*.safetensors``, if anything does.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -146,3 +185,4 @@ class VectorManifest(BaseModel):
     zero_share: Annotated[float, Field(ge=0, le=1)]
     recipe: dict[str, Any] = {}
     tensors: dict[str, VectorTensor]
+    factors: CachedFactors | None = None

@@ -14,6 +14,7 @@ from enchtable_vllm.checkpoint.fingerprint import content_fingerprint
 from enchtable_vllm.errors import SafetyVectorError, summarize_faults
 from enchtable_vllm.vector.delta import Delta
 from enchtable_vllm.vector.format import (
+    FACTORS_FILE_STEM,
     SCALE,
     VECTOR_FILE_STEM,
     VECTOR_MANIFEST,
@@ -22,8 +23,9 @@ from enchtable_vllm.vector.format import (
     VectorTensor,
 )
 
-#: The files of a vector in a Hub repository.
-VECTOR_PATTERNS = (f"{VECTOR_FILE_STEM}*", "README.md")
+#: The files of a vector in a Hub repository; its cached factors only where they are of use.
+VECTOR_PATTERNS = (f"{VECTOR_FILE_STEM}.*", f"{VECTOR_FILE_STEM}-*", "README.md")
+FACTORS_PATTERN = f"{FACTORS_FILE_STEM}*"
 
 
 class SafetyVector:
@@ -57,15 +59,20 @@ class SafetyVector:
 
     @classmethod
     def open(
-        cls, reference: str | Path, *, revision: str | None = None, cache_dir: str | None = None
+        cls,
+        reference: str | Path,
+        *,
+        revision: str | None = None,
+        cache_dir: str | None = None,
+        factors: bool = False,
     ) -> SafetyVector:
-        """Open a local folder or a Hub id; see `locate`."""
+        """Open a local folder or a Hub id; see `locate`. ``factors``: fetch those as well."""
         return cls(
             locate(
                 reference,
                 revision=revision,
                 cache_dir=cache_dir,
-                allow_patterns=VECTOR_PATTERNS,
+                allow_patterns=(*VECTOR_PATTERNS, FACTORS_PATTERN) if factors else VECTOR_PATTERNS,
                 what="safety vector",
             )
         )

@@ -1,0 +1,207 @@
+"""The leading singular directions of a delta, by the cheapest algorithm that settles them.
+
+Left singular vectors come from the eigenvectors of the Gram matrix of the short side. That
+squares the condition number, so there is a ladder: fp32 Gram where the kept singular values
+stand well clear of fp32's noise, fp64 Gram where they stand clear of fp64's, SVD in fp64
+elsewhere (and for small matrices, where it costs nothing). A bound on the kept values that is
+much cheaper than the fp32 rung's eigenvectors tells where that rung cannot do.
+
+Source: the counting rule (numerical rank) is this project's: without it, rank-deficient deltas
+have no well-defined interference.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from enchtable_vllm.errors import ConfigError
+
+Rung = Literal["gram32", "gram64", "svd64", "zero"]
+
+#: Raised whenever the same matrix would give other bits.
+COMPUTATION = 1
+#: Below this short side an fp64 SVD is the cheapest rung.
+_SMALL_SIDE = 64
+#: fp32 Gram: eigenvalues carry an error near 2⁻²⁴·side^½ of the largest, so a kept singular
+#: value needs to stand above its square root by a comfortable factor.
+_GRAM32_CLEARANCE = 0.1
+#: fp64 Gram: likewise, 2⁻⁵³.
+_GRAM64_CLEARANCE = 1e-5
+_LADDER: tuple[tuple[Rung, torch.dtype, float], ...] = (
+    ("gram32", torch.float32, _GRAM32_CLEARANCE),
+    ("gram64", torch.float64, _GRAM64_CLEARANCE),
+)
+#: Singular values at or below max(rows, columns) · 2⁻²⁴ · σ₁ do not count.
+_RANK_EPSILON = 2.0**-24
+#: The Gram matrix is computed in this many strips of rows, each up to the diagonal only.
+_STRIPS = 8
+#: Columns converted to fp64 at once.
+_CHUNK = 8192
+#: Directions in the bound's subspace.
+_PROBES = 32
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The leading left singular vectors of a matrix and their products with it.
+
+    The matrix lies on its short side: ``[short, long]``, transposed if it was tall. Both are
+    fp32 whatever the rung: each row of ``right`` keeps fp32's precision relative to its own
+    singular value, so nothing of what a higher rung resolved is lost.
+
+    Attributes:
+        left: ``[short, k]`` fp32: U's leading columns, singular values descending.
+        right: ``[k, long]`` fp32: UᵀM = ΣVᵀ.
+        exponent: The matrix was scaled by 2^−exponent before all this.
+        rung: Which algorithm was needed.
+    """
+
+    left: torch.Tensor
+    right: torch.Tensor
+    exponent: int
+    rung: Rung
+
+    @property
+    def rank(self) -> int:
+        """k: the counted triplets."""
+        return self.left.shape[1]
+
+    @property
+    def sigma(self) -> torch.Tensor:
+        """``[k]`` fp32: the singular values, scaled like the matrix."""
+        sigma: torch.Tensor = torch.linalg.vector_norm(self.right, dim=1)
+        return sigma
+
+
+def check_rank_fraction(value: float) -> None:
+    """Refuse a γ that is none.
+
+    Raises:
+        ConfigError: It is not in (0, 1].
+    """
+    if not 0 < value <= 1:
+        raise ConfigError(
+            "rank fraction",
+            expected="a number above 0, at most 1",
+            got=value,
+            fix="The method's own is 0.5.",
+        )
+
+
+def kept_directions(short: int, rank_fraction: float) -> int:
+    """⌊γ · short⌋."""
+    return math.floor(rank_fraction * short)
+
+
+def factor(matrix: torch.Tensor, rank_fraction: float) -> Factors:
+    """Leading factors of a matrix.
+
+    Args:
+        matrix: ``[rows, columns]`` fp32, finite, on any device.
+        rank_fraction: γ: ⌊γ · min(rows, columns)⌋ triplets are kept, but never more than the
+            numerical rank.
+
+    Returns:
+        Its factors; of rank 0 for a zero matrix or a short side of 1.
+    """
+    oriented = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
+    short, long = oriented.shape
+    wanted = kept_directions(short, rank_fraction)
+    largest = float(torch.linalg.vector_norm(oriented, math.inf)) if oriented.numel() else 0.0
+    if wanted == 0 or largest == 0.0:
+        empty = oriented.new_zeros
+        return Factors(empty((short, 0)), empty((0, long)), 0, "zero")
+    exponent = max(math.frexp(largest)[1], -120)  # 2^-exponent stays within fp32
+    scaled = oriented * 2.0**-exponent
+    floor = max(short, long) * _RANK_EPSILON
+    if short > _SMALL_SIDE:
+        for rung, dtype, clearance in _LADDER:
+            left = _by_gram(scaled, dtype, wanted, floor, clearance)
+            if left is not None:
+                right = torch.cat([(left.mT @ part).float() for part in _columns(scaled, dtype)], 1)
+                return Factors(left.float(), right, exponent, rung)
+    return Factors(*_by_svd(scaled.double(), wanted, floor), exponent, "svd64")
+
+
+def _columns(matrix: torch.Tensor, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """The matrix in another precision, never all of it at once."""
+    return (part.to(dtype) for part in torch.split(matrix, _CHUNK, dim=1))
+
+
+def _gram(matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """M·Mᵀ: nine sixteenths of the products, mirrored."""
+    short = matrix.shape[0]
+    gram = torch.zeros((short, short), dtype=dtype, device=matrix.device)
+    strips = [
+        (top, min(top + -(-short // _STRIPS), short))
+        for top in range(0, short, -(-short // _STRIPS))
+    ]
+    for part in _columns(matrix, dtype):
+        for top, bottom in strips:
+            gram[top:bottom, :bottom].addmm_(part[top:bottom], part[:bottom].mT)
+    for top, bottom in strips:
+        gram[:top, top:bottom] = gram[top:bottom, :top].mT
+    return gram
+
+
+def _by_gram(
+    matrix: torch.Tensor, dtype: torch.dtype, wanted: int, floor: float, clearance: float
+) -> torch.Tensor | None:
+    """Left singular vectors, or None where this precision does not settle them."""
+    gram = _gram(matrix, dtype)
+    if dtype == torch.float32 and _kept_at_most(gram, wanted) < clearance:
+        return None
+    try:
+        values, vectors = torch.linalg.eigh(gram)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # missing in its stubs
+        return None
+    sigma = values.clamp_min(0).sqrt().flip(0)
+    relative = sigma / sigma[0]
+    kept = relative[:wanted]
+    # Either every kept value is clear of the noise, or (fp64 only) the spectrum falls off a
+    # cliff: values that count stand clear, and the rest is far below the counting threshold.
+    counted = int((kept > max(floor, clearance)).sum())
+    if counted < wanted:
+        if dtype == torch.float32:
+            return None
+        rest = float(relative[counted])
+        noise = math.sqrt(matrix.shape[1] * torch.finfo(dtype).eps)
+        if rest > max(noise, floor / 4) or rest > floor:
+            return None
+    left: torch.Tensor = vectors.flip(1)[:, :counted].contiguous()
+    return left
+
+
+def _kept_at_most(gram: torch.Tensor, wanted: int) -> float:
+    """An upper bound of σ_wanted / σ₁, from the trace and Rayleigh quotients.
+
+    In any d directions lies at most what lies in the leading d (Ky Fan), so trace − theirs
+    bounds the sum of the other eigenvalues, and what is left of the kept ones is at most its
+    share. It decides which rung is tried, never a result: being off costs time alone.
+    """
+    probes = min(_PROBES, wanted // 2)
+    if probes == 0:
+        return 1.0
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(
+        (gram.shape[0], probes), generator=generator, dtype=gram.dtype, device="cpu"
+    ).to(gram.device)
+    basis, _ = torch.linalg.qr(gram @ start)
+    quotient = basis.mT @ (gram @ basis)
+    rest = float(gram.trace()) - float(quotient.trace())
+    largest = float(torch.linalg.eigvalsh(quotient)[-1])
+    return math.sqrt(max(rest, 0.0) / (wanted - probes) / largest) if largest > 0 else 1.0
+
+
+def _by_svd(matrix: torch.Tensor, wanted: int, floor: float) -> tuple[torch.Tensor, torch.Tensor]:
+    left, sigma, right = torch.linalg.svd(matrix, full_matrices=False)
+    counted = int((sigma[:wanted] > floor * sigma[0]).sum())
+    return (
+        left[:, :counted].float().contiguous(),
+        (sigma[:counted, None] * right[:counted]).float().contiguous(),
+    )
