@@ -167,7 +167,7 @@ def test_tensors_on_one_side_only_are_listed(damaged):
     assert plan.unused == {"model.gone.weight": "only in the base model"}
 
 
-def test_tied_embeddings(tmp_path):
+def test_tied_embeddings(tmp_path, edit_json):
     """An untied vector against a tied fine-tune: the head is the embedding, and listed so."""
     aligned = models.tiny_llama(tmp_path / "aligned", tied=True)
     family = models.make_family(aligned, tmp_path)
@@ -177,6 +177,7 @@ def test_tied_embeddings(tmp_path):
         tensors = tensors_of(folder)
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + (kind == "surrogate")
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        edit_json(folder / "config.json", "tie_word_embeddings", value=False)
     build_vector(
         locate(tmp_path / "aligned"), locate(tmp_path / "surrogate"), tmp_path / "v", scope="all"
     )

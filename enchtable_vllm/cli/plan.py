@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import shlex
 import statistics
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich import box
@@ -21,12 +22,14 @@ from enchtable_vllm.errors import ConfigError
 from enchtable_vllm.merge.report import outcome_warnings
 from enchtable_vllm.plan import (
     PLAN_FILE,
+    MaskOptions,
     MergePlan,
     PlanOptions,
     VectorLocation,
     compute_plan,
 )
 from enchtable_vllm.plan.journal import Journal
+from enchtable_vllm.plan.masks import MaskWriter
 from enchtable_vllm.plan.summary import KindSummary, summarize
 from enchtable_vllm.vector import SafetyVector, Scope
 
@@ -59,6 +62,14 @@ def plan(
     no_resume: Annotated[
         bool, typer.Option("--no-resume", help="Do not continue where an interrupted run stopped.")
     ] = False,
+    density: Annotated[
+        float | None,
+        typer.Option(help="Mask: keep this share of each delta, the largest.", show_default=False),
+    ] = None,
+    mask: Annotated[
+        Literal["drop-sign-conflicts"] | None,
+        typer.Option(help="Mask: leave out where vector and fine-tune disagree in sign."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Plan a merge: how much of the safety vector each matrix of a fine-tune can take.
@@ -78,6 +89,7 @@ def plan(
         device=check_device(device),
         allow_other_base=allow_other_base,
         jobs=jobs,
+        masks=MaskOptions(density, drop_sign_conflicts=mask is not None),
     )
     base = locate(base_model, what="base model")
     vector = SafetyVector.open(safety_vector, factors=True)
@@ -87,13 +99,15 @@ def plan(
         journal = Journal(
             path.with_name(f".{path.name}.journal"), resume=not no_resume, announce=_announce
         )
-        with journal, progress_bar("Planning") as progress:
+        masks = MaskWriter(path) if options.masks else nullcontext()
+        with journal, masks as mask_writer, progress_bar("Planning") as progress:
             made = compute_plan(
                 task,
                 base,
                 vector,
                 options,
                 vector_location=where,
+                mask_writer=mask_writer,
                 journal=journal,
                 progress=progress,
             )
@@ -190,6 +204,8 @@ def _print(
         f"merge {len(made.merged)} of {len(made.tensors)} tensors; beta {made.beta:g}, "
         f"norm scale {made.norm_scale:.6g}, expected retained share {made.retained_share:.3f}"
     )
+    if made.masks is not None:
+        say(f"masks keep {made.masks.kept_share:.1%}; they are in {path.parent / made.masks.path}")
     say(f"plan written to {path}")
     say("serve it:")
     say(f"  {_command(made, path, task, vector)}")

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
-from enchtable_kernels import Effect, fused_add
+from enchtable_kernels import Effect, fused_add, pack_keep
 from enchtable_vllm.checkpoint import Checkpoint, Location
 from enchtable_vllm.errors import ConfigError, MismatchError, summarize_faults
 from enchtable_vllm.plan.classify import classify
 from enchtable_vllm.plan.journal import Journal
+from enchtable_vllm.plan.masks import MaskOptions, MaskWriter, keep_mask
 from enchtable_vllm.plan.measure import Measured, Measurement
 from enchtable_vllm.plan.merge_plan import (
     MergePlan,
@@ -42,6 +43,7 @@ class PlanOptions:
         device: Where the linear algebra runs.
         allow_other_base: Whether the vector may come from another base model.
         jobs: How many tensors at once; None: see `worker_count`. It does not change the plan.
+        masks: Which elements take part; by default all.
     """
 
     beta: float = 0.1
@@ -50,6 +52,7 @@ class PlanOptions:
     device: str = "cpu"
     allow_other_base: bool = False
     jobs: int | None = None
+    masks: MaskOptions = field(default_factory=MaskOptions)
 
     def __post_init__(self) -> None:
         if not 0 < self.beta < math.inf:
@@ -67,6 +70,7 @@ def compute_plan(
     options: PlanOptions,
     *,
     vector_location: VectorLocation | None = None,
+    mask_writer: MaskWriter | None = None,
     journal: Journal | None = None,
     progress: Progress = silent,
 ) -> MergePlan:
@@ -78,6 +82,7 @@ def compute_plan(
         vector: The safety vector of that base; its cached factors are used if they are there.
         options: β, γ, scope, device.
         vector_location: Recorded in the plan.
+        mask_writer: Where masks go; to be given if the options ask for any.
         journal: Where finished tensors are written down, and found again after an interruption.
         progress: Called with each tensor's name, steps done, and steps in all.
 
@@ -124,15 +129,25 @@ def compute_plan(
     measured: dict[str, Measured] = {}
     coefficients: dict[str, tuple[float, ...]] = {}
     effects: dict[str, Effect] = {}
+    keep_digests: dict[str, str] = {}
 
     def measure(name: str) -> Measured:
         return measurement.measure(name, in_norm=name in in_norm, merged=name in merged)
 
-    def add(name: str) -> Effect:
-        delta = vector.read(name)
-        _, sums = fused_add(task.read(name), delta.values, coefficients[name], scales=delta.scales)
-        return Effect.from_tensor(sums)
+    def add(name: str) -> tuple[Effect, torch.Tensor | None]:
+        stored, delta = task.read(name), vector.read(name)
+        keep_bits = None
+        if options.masks:
+            moved = stored.float() - base.read(name).float()
+            keep_bits = pack_keep(keep_mask(delta.float(), moved, options.masks))
+        _, sums = fused_add(
+            stored, delta.values, coefficients[name], scales=delta.scales, keep_bits=keep_bits
+        )
+        return Effect.from_tensor(sums), keep_bits
 
+    if options.masks:
+        assert mask_writer is not None, "masks are asked for, and have no place to go"
+        mask_writer.begin({name: vector.tensors[name].shape for name in classes.merge})
     with workers(jobs) as pool:
         for name, seen in in_order(pool, measure, task.tensors, jobs):
             measured[name] = seen
@@ -148,8 +163,10 @@ def compute_plan(
             coefficients[name] = tuple(
                 coefficient(n, a, b) for a, b in zip(found.a, found.b, strict=True)
             )
-        for name, effect in in_order(pool, add, coefficients, jobs):
+        for name, (effect, keep_bits) in in_order(pool, add, coefficients, jobs):
             effects[name] = effect
+            if mask_writer is not None and keep_bits is not None:
+                keep_digests[name] = mask_writer.write(name, keep_bits)
             progress(name, len(measured) + len(effects), steps)
     tensors = {
         name: PlannedTensor(action="keep", task_digest=measured[name].digest, reason=why)
@@ -167,6 +184,7 @@ def compute_plan(
             attenuation=tuple(math.exp(-x) for x in interference),
             coefficient=coefficients[name],
             rungs=found.rungs,
+            keep_digest=keep_digests.get(name),
             retained_share=round(effects[name].retained_share, 6),
         )
     total = sum(effects.values(), start=Effect())
@@ -183,6 +201,7 @@ def compute_plan(
         safety_norm=safety_norm,
         norm_scale=n,
         retained_share=round(total.retained_share, 6),
+        masks=mask_writer.finish(options.masks) if mask_writer and options.masks else None,
         unused=classes.unused,
         tensors=dict(sorted(tensors.items())),
     )

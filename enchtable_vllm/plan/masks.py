@@ -8,15 +8,24 @@ the plan; not in the plan's own folder, where vLLM would take the file for weigh
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 import torch
 
-from enchtable_kernels import pack_keep
-from enchtable_vllm.checkpoint import Checkpoint, TensorHeader, tensor_digest
+from enchtable_kernels import unpack_keep
+from enchtable_vllm.checkpoint import (
+    Checkpoint,
+    FolderTransaction,
+    ShardWriter,
+    TensorHeader,
+    tensor_digest,
+)
 from enchtable_vllm.errors import ConfigError, MergePlanError
-from enchtable_vllm.plan.merge_plan import MASKS_STEM, MergePlan
+from enchtable_vllm.plan.merge_plan import MASKS_STEM, MaskReference, MergePlan
 
 
 @dataclass(frozen=True)
@@ -71,14 +80,64 @@ def keep_mask(safety: torch.Tensor, task: torch.Tensor, options: MaskOptions) ->
     return keep
 
 
-def mask_header(name: str, shape: tuple[int, ...]) -> TensorHeader:
-    """Of a mask in its file: packed bits."""
-    return TensorHeader(name, "U8", ((math.prod(shape) + 7) // 8,), "")
+class MaskWriter:
+    """Writes a plan's masks, one at a time.
 
+    Use as a context manager, around the making of the plan: what is written appears whole, when
+    it is left, or not at all.
 
-def pack(keep: torch.Tensor) -> torch.Tensor:
-    """``[ceil(count / 8)]`` uint8 on the CPU."""
-    return pack_keep(keep).cpu()
+    Args:
+        plan_path: The plan's file; its masks go to ``NAME.masks`` beside it.
+    """
+
+    def __init__(self, plan_path: Path) -> None:
+        self.folder = plan_path.with_suffix(".masks")
+        self._transaction = FolderTransaction(self.folder, overwrite=True)
+        self._writer: ShardWriter | None = None
+        self._kept = self._count = 0
+
+    def __enter__(self) -> Self:
+        self._partial = self._transaction.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._writer is not None:
+            self._writer.__exit__(kind, error, trace)
+        self._transaction.__exit__(kind, error, trace)
+
+    def begin(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Name the tensors that will come."""
+        self._counts = {name: math.prod(shape) for name, shape in shapes.items()}
+        headers = [
+            TensorHeader(name, "U8", ((count + 7) // 8,), "")
+            for name, count in self._counts.items()
+        ]
+        path = self._partial / f"{MASKS_STEM}.safetensors"
+        self._writer = ShardWriter(path, headers, {"format": "pt"})
+        self._writer.__enter__()
+
+    def write(self, name: str, keep_bits: torch.Tensor) -> str:
+        """One tensor's packed bits; returns their digest."""
+        assert self._writer is not None, "begin comes first"
+        self._writer.write(name, keep_bits)
+        count = self._counts[name]
+        self._count += count
+        self._kept += int(unpack_keep(keep_bits, 0, count).sum())
+        return tensor_digest(keep_bits)
+
+    def finish(self, options: MaskOptions) -> MaskReference:
+        """What the plan says of them, when all are written."""
+        return MaskReference(
+            path=self.folder.name,
+            density=options.density,
+            drop_sign_conflicts=options.drop_sign_conflicts,
+            kept_share=round(self._kept / self._count, 6),
+        )
 
 
 class MergeMasks:

@@ -19,7 +19,7 @@ Depends on torch, triton and numba only.
 from enchtable_kernels._addition import SCALE_BLOCK, scales_per_row
 from enchtable_kernels._api import FLOAT_DTYPES, fused_add, pack_keep
 from enchtable_kernels.effect import Effect
-from enchtable_kernels.reference import dequantize
+from enchtable_kernels.reference import dequantize, unpack_keep
 
 __all__ = [
     "FLOAT_DTYPES",
@@ -29,4 +29,5 @@ __all__ = [
     "fused_add",
     "pack_keep",
     "scales_per_row",
+    "unpack_keep",
 ]

@@ -307,7 +307,8 @@ for line in sys.stdin:
 
 
 def test_stopped_in_the_middle(family, tmp_path):
-    """Build, plan, merge; stopped, nothing is left; killed, the next run tidies up."""
+    """Build, plan, merge; stopped, nothing is left but what a plan resumes from; killed, the
+    next run tidies up."""
     out = tmp_path / "out"
     out.mkdir()
     ends = ["--aligned", family.aligned, "--surrogate", family.surrogate]
@@ -332,6 +333,7 @@ def test_stopped_in_the_middle(family, tmp_path):
     assert done.stdout.splitlines() == expected, done.stderr
     assert done.returncode == -signal.SIGKILL
     assert done.stderr.count("stopped by SIGTERM") == 3
-    assert sorted(p.name for p in out.iterdir()) == [".m.lock", ".m.partial"]
+    left = [".m.lock", ".m.partial", ".p.json.journal"]
+    assert sorted(p.name for p in out.iterdir()) == left
     merge(family, out / "m")
-    assert sorted(p.name for p in out.iterdir()) == ["m"]
+    assert sorted(p.name for p in out.iterdir()) == [".p.json.journal", "m"]
