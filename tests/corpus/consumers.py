@@ -215,9 +215,14 @@ def well_formed(message: str) -> bool:
 
 
 def left(folder: Path) -> list[Path]:
-    """What lies in an output folder; a cache may keep its locks and its whole plans."""
+    """What lies in an output folder that should not.
+
+    A cache may keep its locks and its whole plans, and a plan that was interrupted, by a full
+    disk too, the journal that it is resumed from.
+    """
     cached = {path for path in folder.glob("cache/plans/*") if path.suffix in (".lock", ".json")}
-    return [p for p in folder.rglob("*") if p not in cached and not p.is_dir()]
+    found = [p for p in folder.rglob("*") if p not in cached and p.suffix != ".journal"]
+    return [p for p in found if not p.is_dir()]
 
 
 def files(folder: Path) -> dict[Path, object]:
