@@ -8,17 +8,14 @@ import sys
 
 import models
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from enchtable_vllm.checkpoint import locate
 from enchtable_vllm.errors import (
-    CheckpointError,
     ConfigError,
     EnchTableError,
     MergePlanError,
     MismatchError,
-    QuantizedCheckpointError,
     SafetyVectorError,
 )
 from enchtable_vllm.serving.config import LoaderConfig
@@ -103,34 +100,6 @@ def test_base_model_computes_the_plan_once_for_all_ranks(family, tmp_path):
     assert prepared(bare, **keys, beta=2.0).resolved.digest == found.resolved.digest
 
 
-@pytest.mark.parametrize(
-    ("keys", "message"),
-    [
-        ({"saftey_vector": "v"}, "saftey_vector"),
-        ({"beta": "0.1"}, "beta"),
-        ({"beta": True}, "beta"),
-        ({"beta": -0.1}, "beta"),
-        ({"beta": 0}, "beta"),
-        ({"beta": float("nan")}, "beta"),
-        ({"beta": float("inf")}, "beta"),
-        ({"scope": "everything"}, "scope"),
-        ({"verify": "none"}, "verify"),
-        ({"safety_vector": ""}, "safety_vector"),
-        ({"safety_vector": 3}, "safety_vector"),
-        ({"inner_extra_config": []}, "inner_extra_config"),
-        ({"inner_load_format": "enchtable"}, "inner_load_format"),
-        ({"base_model": "b"}, "needs 'safety_vector'"),
-        ({"base_model": "b", "safety_vector": "v", "merge_plan": "p"}, "not both"),
-        (None, "object"),
-        ([], "object"),
-    ],
-)
-def test_bad_configuration_is_refused_before_anything_is_read(keys, message):
-    with pytest.raises(ConfigError, match=message) as raised:
-        LoaderConfig.parse(keys)
-    assert "expected an object with keys among" in str(raised.value)
-
-
 def no_plan(family):
     family.plan.unlink()
     return MergePlanError, "Make a plan"
@@ -149,58 +118,10 @@ def wrong_task_model(family):
     return MismatchError, "the task model that the plan was made for"
 
 
-def extra_tensor(family):
-    tensors = load_file(family.task / "model.safetensors")
-    tensors["extra"] = torch.ones(1)
-    save_file(tensors, family.task / "model.safetensors")
-    return MismatchError, "the task model that the plan was made for"
-
-
-def missing_tensor(family):
-    tensors = load_file(family.task / "model.safetensors")
-    del tensors["model.norm.weight"]
-    save_file(tensors, family.task / "model.safetensors")
-    return MismatchError, "the task model that the plan was made for"
-
-
 def another_vector(family):
     shutil.rmtree(family.vector)
     build_vector(locate(family.aligned), locate(family.surrogate), family.vector, dtype="fp32")
     return MismatchError, "the vector that the plan was made for"
-
-
-def truncated_vector(family):
-    path = family.vector / "safety_vector.safetensors"
-    path.write_bytes(path.read_bytes()[:-10])
-    return CheckpointError, "truncated or corrupt"
-
-
-def truncated_task_model(family):
-    path = family.task / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-10])
-    return CheckpointError, "truncated or corrupt"
-
-
-def vector_without_manifest(family):
-    (family.vector / "safety_vector.json").unlink()
-    return SafetyVectorError, "enchtable vector build"
-
-
-def quantised_task_model(family):
-    (family.task / "config.json").write_text('{"quantization_config": {"quant_method": "awq"}}')
-    return QuantizedCheckpointError, "'awq'"
-
-
-def config_is_not_json(family):
-    (family.task / "config.json").write_text("{")
-    return CheckpointError, r"config\.json"
-
-
-def vector_is_a_link_out_of_the_folder(family):
-    outside = family.task.parent / "outside"
-    shutil.move(family.vector, outside)
-    family.vector.symlink_to(outside)
-    return MergePlanError, "inside the plan's own"
 
 
 def save_changed(folder, name):
@@ -212,9 +133,7 @@ def save_changed(folder, name):
 @pytest.mark.parametrize(
     "damage",
     [
-        no_plan, no_location, wrong_task_model, extra_tensor, missing_tensor, another_vector,
-        truncated_vector, truncated_task_model, vector_without_manifest, quantised_task_model,
-        config_is_not_json, vector_is_a_link_out_of_the_folder,
+        no_plan, no_location, wrong_task_model, another_vector,
     ],
     ids=lambda f: f.__name__,
 )  # fmt: skip

@@ -19,6 +19,7 @@ from enchtable_vllm.checkpoint import Fingerprint
 from enchtable_vllm.checkpoint.location import REPO_ID
 from enchtable_vllm.vector import ModelReference, Scope
 from enchtable_vllm.vector.factors import Rung
+from enchtable_vllm.vector.format import FormatVersion
 
 PLAN_FILE = "merge_plan.json"
 #: ``keep_bits.safetensors``, in a folder of its own.
@@ -162,7 +163,7 @@ class MergePlan(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    format_version: Literal[1] = 1
+    format_version: FormatVersion = 1
     task_model: ModelReference
     base_model: ModelReference
     safety_vector: VectorReference

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -147,13 +148,22 @@ def _find_plan(config: LoaderConfig, task: Location, cache_dir: str | None) -> P
                 fix="Make a plan with 'enchtable plan', or name what it is computed from.",
             )
         return path
-    path = Path(config.merge_plan).expanduser()
-    if path.suffix == ".json" or (is_there(path) and not path.is_dir()):
+    path = Path(config.merge_plan)
+    with suppress(RuntimeError):  # no such home
+        path = path.expanduser()
+    if path.suffix == ".json" or (is_there(path) and not _is_folder(path)):
         return path
     folder = locate(
         path, cache_dir=cache_dir, allow_patterns=(PLAN_FILE, f"*/{MASKS_STEM}*"), what="merge plan"
     )
     return folder.path / PLAN_FILE
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # reading it says why
+        return False
 
 
 def _open_vector(

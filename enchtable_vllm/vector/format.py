@@ -29,6 +29,8 @@ SAMPLE = 16
 
 #: How deltas are stored, in safetensors' spelling.
 VectorDtype = Literal["BF16", "F32", "I8"]
+#: Not a literal, to which true would be 1.
+FormatVersion = Annotated[int, Field(ge=1, le=1)]
 FiniteNorm = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -176,7 +178,7 @@ class VectorManifest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    format_version: Literal[1] = 1
+    format_version: FormatVersion = 1
     aligned: ModelReference
     surrogate: ModelReference
     architecture: str

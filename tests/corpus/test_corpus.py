@@ -4,6 +4,10 @@ import pytest
 from corpus import consumers, damages
 from models import copy_family
 
+from enchtable_vllm.errors import ConfigError
+from enchtable_vllm.serving.config import LoaderConfig
+from enchtable_vllm.serving.prepare import prepare
+
 
 def parameters():
     for damage in damages.DAMAGES:
@@ -17,3 +21,27 @@ def test_refused_by_every_consumer(small, tmp_path, damage):
     family = copy_family(small.family, tmp_path / "family")
     damage.apply(family)
     consumers.check_refused(small, family, damage, tmp_path / "out")
+
+
+@pytest.mark.refuses("an unknown or ill-typed loader key")
+@pytest.mark.parametrize(("keys", "message"), damages.CONFIGS, ids=str)
+def test_bad_configuration_is_refused_before_anything_is_read(keys, message):
+    with pytest.raises(ConfigError, match=message) as raised:
+        LoaderConfig.parse(keys)
+    assert "expected an object with keys among" in str(raised.value)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("path", damages.PATHS)
+@pytest.mark.parametrize("key", ["safety_vector", "merge_plan", "base_model"])
+def test_a_path_that_leads_nowhere(small, tmp_path, monkeypatch, key, path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    keys = {key: damages.PATHS[path](tmp_path)}
+    if key == "base_model":
+        keys["safety_vector"] = str(small.family.vector)
+    model = str(small.family.task)
+    message, _ = consumers.refusal(
+        lambda: prepare(LoaderConfig.parse(keys), model, None, str(tmp_path), device="cpu")
+    )
+    assert message is not None
+    assert consumers.well_formed(message), message

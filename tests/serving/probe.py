@@ -94,6 +94,7 @@ def run(setting):
             raise
         cleanup_dist_env_and_memory()
         return {"refused": f"{type(error).__name__}: {error}"}
+    assert not refused, "a model that was to be refused was loaded"
 
     def generate(llm, lora_request=None):
         outputs = llm.generate(
