@@ -3,7 +3,7 @@ VENV ?= .venv
 READY := $(VENV)/.ready
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test test-gpu test-slow lint types format bench bench-plan clean
+.PHONY: help setup demo test test-gpu test-slow lint types format bench bench-plan fuzz clean
 help: ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /|/' | column -t -s '|'
 
@@ -24,6 +24,9 @@ test-gpu: $(READY) ## Run the tests that need a CUDA device.
 
 test-slow: $(READY) ## Run the tests that take minutes.
 	@$(BIN)/python -m pytest -m slow
+
+fuzz: $(READY) ## Feed damaged inputs to every reader. FUZZ_SECONDS=36000 for a night.
+	@$(BIN)/python tests/fuzz/fuzzer.py --seconds $(or $(FUZZ_SECONDS),600) --seed $$(date +%s)
 
 lint: $(READY) types ## Check style and types.
 	@$(BIN)/ruff check .
