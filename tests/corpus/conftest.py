@@ -1,7 +1,17 @@
 """The good family that the corpus damages."""
 
 import pytest
+import torch
 from corpus import consumers, seeds
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Matrices of 32 × 32: threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import re
@@ -14,6 +15,7 @@ from pathlib import Path
 from unittest import mock
 
 import models
+import typer
 from corpus.damages import Damage
 from models import Family
 from safetensors.torch import load_file
@@ -49,18 +51,21 @@ class RefusedByCommandError(Exception):
     """The command ended with code 1; its text is standard error's."""
 
 
+_made = functools.cache(lambda: typer.main.get_command(cli.app))
+
+
 def command(*arguments: object) -> str:
     """`enchtable` in this process, through its real entry point; its standard output."""
     out, err = io.StringIO(), io.StringIO()
-    before, code = sys.argv, 0
-    sys.argv = ["enchtable", *map(str, arguments)]
+    code: object = 0
+    argv = mock.patch.object(sys, "argv", ["enchtable", *map(str, arguments)])
+    # What typer makes of the app at every start; making it takes longer than most refusals.
+    app = mock.patch.object(cli, "app", _made())
     try:
-        with redirect_stdout(out), redirect_stderr(err):
+        with argv, app, redirect_stdout(out), redirect_stderr(err):
             cli.main()
     except SystemExit as end:
         code = end.code or 0
-    finally:
-        sys.argv = before
     if code == 1:
         raise RefusedByCommandError(err.getvalue())
     assert code == 0, err.getvalue()
