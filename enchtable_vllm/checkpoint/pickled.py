@@ -46,7 +46,9 @@ class PickledFile:
     """
 
     def __init__(self, path: Path) -> None:
-        os.close(open_regular(path))  # torch would wait for a FIFO's writer
+        descriptor = open_regular(path)  # torch would wait for a FIFO's writer
+        self._state = _state(os.fstat(descriptor))
+        os.close(descriptor)
         try:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except OSError:
@@ -62,6 +64,13 @@ class PickledFile:
         self.metadata = {"format": "pt"}
         self.entries = {n: (_DTYPES[t.dtype], tuple(t.shape)) for n, t in self._tensors.items()}
 
+    def is_still(self, path: Path) -> bool:
+        """Whether a path leads to this very file, as it was when it was opened."""
+        try:
+            return _state(path.stat()) == self._state
+        except OSError:
+            return False
+
     def nbytes(self, name: str) -> int:
         """How many bytes a tensor's data takes."""
         return self._tensors[name].nbytes
@@ -74,6 +83,10 @@ class PickledFile:
         """A part of a tensor's bytes; less than ``count`` at its end."""
         flat = self._tensors[name].contiguous().reshape(-1)
         return bytes(flat.view(torch.uint8).numpy().data[at : at + count]) if flat.numel() else b""
+
+
+def _state(found: os.stat_result) -> tuple[int, ...]:
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _check(name: object, value: object) -> None:

@@ -138,6 +138,21 @@ class Checkpoint:
         except (OSError, ValueError) as error:
             raise self._unreadable(name, error) from error
 
+    def refuse_changed(self) -> None:
+        """Refuse files that are not those that were opened: somebody else reads them by name.
+
+        Raises:
+            CheckpointError: One was replaced or written to since.
+        """
+        changed = [f for f, opened in self._open.items() if not opened.is_still(self.folder / f)]
+        if changed:
+            raise CheckpointError(
+                self.what,
+                expected="the files that were checked",
+                got=summarize_faults([f"another '{file}'" for file in changed]),
+                fix="They were replaced meanwhile: leave them alone, and start again.",
+            )
+
     def _unreadable(self, name: str, error: Exception) -> CheckpointError:
         return CheckpointError(
             f"{self.what}, file '{self.tensors[name].file}', tensor '{name}'",

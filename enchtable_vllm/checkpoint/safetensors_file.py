@@ -76,6 +76,14 @@ class SafetensorsFile:
             self.entries[name] = (entry["dtype"], tuple(entry["shape"]))
             self._places[name] = (data + start, end - start)
 
+    def is_still(self, path: Path) -> bool:
+        """Whether a path leads to this very file, as it was when it was opened."""
+        try:
+            found = path.stat()
+        except OSError:
+            return False
+        return os.path.samestat(found, os.fstat(self._descriptor)) and self._stat() == self._state
+
     def nbytes(self, name: str) -> int:
         """How many bytes a tensor's data takes."""
         return self._places[name][1]

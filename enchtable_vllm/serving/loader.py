@@ -159,7 +159,7 @@ class EnchTableModelLoader(compat.BaseModelLoader):  # type: ignore[misc]  # vll
         return MergeStream(
             prepared.resolved,
             prepared.vector,
-            what=prepared.what,
+            what=prepared.checkpoint.what,
             # On the GPU that the weights go to; elsewhere each tensor is merged where it is.
             device=device if device.type == "cuda" else None,
             ahead=int(compat.may_look_ahead(self._inner)),
@@ -188,7 +188,8 @@ class EnchTableModelLoader(compat.BaseModelLoader):  # type: ignore[misc]  # vll
         stream: MergeStream,
         stored: Iterator[tuple[str, torch.Tensor]],
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        yield from under_both_names(stream.merge, stored, prepared.second_names)
+        yield from under_both_names(stream.merge, stored, prepared.checkpoint.second_names)
+        prepared.checkpoint.refuse_changed()  # the inner loader opened them again, by name
         assert stream.report is not None
         for warning in stream.report.warnings():
             _log.warning(warning)

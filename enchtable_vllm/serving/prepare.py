@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,21 +41,19 @@ class Prepared:
 
     Attributes:
         task: The task model's folder.
-        what: How an error message calls the task model.
+        checkpoint: The same, opened: its files are those that were checked.
         resolved: The plan in force.
         vector: The safety vector.
         masks: The plan's, if it has any.
         load_format: What vLLM calls the files that were checked.
-        second_names: As `Checkpoint.second_names`.
     """
 
     task: Location
-    what: str
+    checkpoint: Checkpoint
     resolved: ResolvedPlan
     vector: SafetyVector
     masks: MergeMasks | None
     load_format: str
-    second_names: Mapping[str, str]
 
 
 def prepare(
@@ -103,9 +100,7 @@ def prepare(
     resolved.check_task_model(fingerprint, checkpoint.what)
     resolved.check_headers(checkpoint, vector)
     check_rounding(config.rounding, resolved, checkpoint)
-    return Prepared(
-        task, checkpoint.what, resolved, vector, masks, load_format, checkpoint.second_names
-    )
+    return Prepared(task, checkpoint, resolved, vector, masks, load_format)
 
 
 def stored_format(checkpoint: Checkpoint, chosen: str) -> str:

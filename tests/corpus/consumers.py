@@ -109,13 +109,14 @@ def merge(family: Family, out: Path) -> object:
 def stream(prepared: Prepared, family: Family) -> object:
     """As the loader streams: every stored tensor through the one merged stream."""
     through = MergeStream(
-        prepared.resolved, prepared.vector, what=prepared.what, masks=prepared.masks
+        prepared.resolved, prepared.vector, what=prepared.checkpoint.what, masks=prepared.masks
     )
     stored = {
         n: t for p in sorted(family.task.glob("*.safetensors")) for n, t in load_file(p).items()
     }
     merged = {name: tensor_digest(tensor) for name, tensor in through.merge(stored.items())}
     assert through.report is not None
+    prepared.checkpoint.refuse_changed()
     return combine_digests(merged)
 
 

@@ -82,6 +82,22 @@ def test_a_header_read_twice_is_the_same(family):
         checkpoint.read(max(checkpoint.tensors))
 
 
+def swap(path):
+    other = path.with_name("other")
+    shutil.copyfile(path, other)
+    other.replace(path)
+
+
+@pytest.mark.parametrize("change", [overwrite, truncate, swap, Path.unlink])
+def test_a_checkpoint_that_is_not_the_one_that_was_checked(family, change):
+    """vLLM reads the files again, by name, after they were fingerprinted."""
+    checkpoint = Checkpoint(family.task)
+    checkpoint.refuse_changed()
+    change(seeds.weights(family.task))
+    with pytest.raises(CheckpointError, match=r"another 'model\.safetensors'"):
+        checkpoint.refuse_changed()
+
+
 # --- places that cannot be read or written -------------------------------------------------------
 
 

@@ -9,7 +9,9 @@ import gc
 import hashlib
 import json
 import os
+import shutil
 import sys
+from pathlib import Path
 
 SAMPLING = {"temperature": 0.0, "max_tokens": 8, "logprobs": 3, "detokenize": False}
 COMMON = {
@@ -75,6 +77,20 @@ def make_scannable():
     ffi.lib._fntab["__dict__"] = {}
 
 
+def replace_when_prepared(path):
+    """Put another file in the place of a checked one before vLLM opens it: a race, lost."""
+    from enchtable_vllm.serving import loader
+
+    def then_replace(*arguments, **options):
+        loader.prepare = prepare
+        prepared = prepare(*arguments, **options)
+        shutil.copyfile(path, path.with_name("other"))
+        path.with_name("other").replace(path)
+        return prepared
+
+    prepare, loader.prepare = loader.prepare, then_replace
+
+
 def run(setting):
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
@@ -85,6 +101,8 @@ def run(setting):
     weights_only = setting.pop("weights_only", False)
     adapter = setting.pop("adapter", None)
     refused = setting.pop("refused", False)
+    if setting.pop("replaced", False):
+        replace_when_prepared(Path(setting["model"], "model.safetensors"))
     if setting.get("tensor_parallel_size", 1) == 1:
         setting["distributed_executor_backend"] = "uni"
     try:

@@ -56,8 +56,10 @@ def seen(family, tmp_path_factory):
         damage(copy)
         settings.append({"model": str(copy.task), "refused": True, **ours})
     settings.append({"model": str(family.task), **ours})
+    copy = models.copy_family(family, tmp_path_factory.mktemp("replaced") / "family")
+    settings.append({"model": str(copy.task), "refused": True, "replaced": True, **ours})
     results, printed = probe(settings, VLLM_ENABLE_V1_MULTIPROCESSING="0")
-    return dict(zip([*DAMAGES, "nothing"], results, strict=True)), printed
+    return dict(zip([*DAMAGES, "nothing", "replaced"], results, strict=True)), printed
 
 
 @pytest.mark.parametrize("name", DAMAGES)
@@ -66,7 +68,12 @@ def test_no_model_comes_out(seen, name):
     assert re.search(DAMAGES[name][1], results[name]["refused"])
 
 
+def test_files_that_are_replaced_while_they_load(seen):
+    results, _ = seen
+    assert "another 'model.safetensors'" in results["replaced"]["refused"]
+
+
 def test_the_same_process_serves_what_is_good(seen):
     results, printed = seen
     assert results["nothing"]["first"]["tokens"]
-    assert printed.count("safety vector merged: ") == 1
+    assert printed.count("safety vector merged: ") == 1  # and not for the file that was replaced
