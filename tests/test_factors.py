@@ -93,7 +93,7 @@ def test_a_vector_is_what_it_was(family, factored):
     assert after.fingerprint == before.fingerprint
     assert after.manifest.model_copy(update={"factors": None}) == before.manifest
     for name in after.tensors:
-        assert torch.equal(after.read(name), before.read(name))
+        assert torch.equal(after.read(name).float(), before.read(name).float())
 
 
 def test_factors_at_build_are_factors_added_later(family, factored, tmp_path):
@@ -104,6 +104,15 @@ def test_factors_at_build_are_factors_added_later(family, factored, tmp_path):
     with pytest.raises(ConfigError, match="rank fraction"):
         build_vector(*ends, tmp_path / "w", factors=1.5)
     assert not (tmp_path / "w").exists()
+
+
+def test_an_int8_vector_has_factors_too(damaged, factorings):
+    ends = locate(damaged.aligned), locate(damaged.surrogate)
+    build_vector(*ends, damaged.vector, dtype="int8", overwrite=True)
+    without = plan(damaged)
+    add(damaged.vector)
+    assert plan(damaged) == without
+    assert len(factorings) == 16 + 8
 
 
 def test_sharded_factors_and_factors_replaced(factored, family):
