@@ -93,7 +93,7 @@ def test_a_vector_is_what_it_was(family, factored):
     assert after.fingerprint == before.fingerprint
     assert after.manifest.model_copy(update={"factors": None}) == before.manifest
     for name in after.tensors:
-        assert torch.equal(after.read(name).values, before.read(name).values)
+        assert torch.equal(after.read(name).float(), before.read(name).float())
 
 
 def test_factors_at_build_are_factors_added_later(family, factored, tmp_path):
@@ -104,6 +104,15 @@ def test_factors_at_build_are_factors_added_later(family, factored, tmp_path):
     with pytest.raises(ConfigError, match="rank fraction"):
         build_vector(*ends, tmp_path / "w", factors=1.5)
     assert not (tmp_path / "w").exists()
+
+
+def test_an_int8_vector_has_factors_too(damaged, factorings):
+    ends = locate(damaged.aligned), locate(damaged.surrogate)
+    build_vector(*ends, damaged.vector, dtype="int8", overwrite=True)
+    without = plan(damaged)
+    add(damaged.vector)
+    assert plan(damaged) == without
+    assert len(factorings) == 16 + 8
 
 
 def test_sharded_factors_and_factors_replaced(factored, family):
@@ -268,11 +277,14 @@ def test_a_hub_cache_and_a_bad_gamma_are_refused(family):
 
 
 def test_factors_are_read_into_memory_of_their_own(factored):
-    files = FactorFiles(SafetyVector.open(factored.vector))
-    (found,) = files.read(Q)
-    before = found.right.clone()
-    flip(factored.vector)
-    assert torch.equal(found.right, before)
+    """What was verified cannot change under a plan, even if the file does."""
+    (found,) = FactorFiles(SafetyVector.open(factored.vector)).read(Q)
+    before = found.left.clone(), found.right.clone()
+    size = (factored.vector / FILE).stat().st_size
+    with (factored.vector / FILE).open("r+b") as file:
+        file.write(b"\xff" * size)
+    assert torch.equal(found.left, before[0])
+    assert torch.equal(found.right, before[1])
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda f: f.__name__)

@@ -28,7 +28,7 @@ LAYERS = 24
 
 @pytest.fixture(scope="module")
 def long_work(tmp_path_factory):
-    """Checkpoints whose plan takes a second or more: (task, base, vector)."""
+    """Checkpoints whose plan takes a second or more, (task, base, vector), and that plan."""
     folder = tmp_path_factory.mktemp("long")
     generator = torch.Generator().manual_seed(0)
     aligned = {
@@ -43,7 +43,8 @@ def long_work(tmp_path_factory):
         }
         save_file(tensors, folder / kind / "model.safetensors")
     build_vector(locate(folder / "base"), locate(folder / "surrogate"), folder / "vector")
-    return folder / "task", folder / "base", folder / "vector"
+    paths = folder / "task", folder / "base", folder / "vector"
+    return paths, models.plan_for(*paths).to_json()
 
 
 def command(work, out, *more):
@@ -73,17 +74,18 @@ def interrupted(work, out, how):
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=str)
 def test_a_stopped_process_is_continued(long_work, tmp_path, how):
+    paths, expected = long_work
     out = tmp_path / "plan.json"
-    assert interrupted(long_work, out, how) != 0
+    assert interrupted(paths, out, how) != 0
     journal = tmp_path / ".plan.json.journal"
     assert journal.exists()
     assert not out.exists()
-    done = subprocess.run(command(long_work, out), capture_output=True, text=True, check=True)
+    done = subprocess.run(command(paths, out), capture_output=True, text=True, check=True)
     words = done.stderr.split("resuming: ")[1].split()
     assert 3 <= int(words[0]) < LAYERS
     assert words[1:6] == ["of", str(LAYERS), "matrices", "were", "done"]
     assert {path.name for path in tmp_path.iterdir()} == {"plan.json"}
-    assert out.read_text() == models.plan_for(*long_work).to_json()
+    assert out.read_text() == expected
 
 
 class Stopped(BaseException):
