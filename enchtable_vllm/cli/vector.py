@@ -18,7 +18,9 @@ from enchtable_vllm.errors import ConfigError, SafetyVectorError
 from enchtable_vllm.vector import SafetyVector, Scope, build_vector
 from enchtable_vllm.vector.build import StoredDtype
 
-app = typer.Typer(no_args_is_help=True, help="Build, inspect and verify safety vectors.")
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, help="Build, inspect and verify safety vectors."
+)
 
 VectorArgument = Annotated[str, typer.Argument(help="Folder, or Hub id[@revision].")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
