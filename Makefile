@@ -3,7 +3,7 @@ VENV ?= .venv
 READY := $(VENV)/.ready
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test test-gpu test-slow lint types format bench clean
+.PHONY: help setup demo test test-gpu test-slow test-matrix lint types format bench clean
 help: ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /|/' | column -t -s '|'
 
@@ -24,6 +24,9 @@ test-gpu: $(READY) ## Run the tests that need a CUDA device.
 
 test-slow: $(READY) ## Run the tests that take minutes.
 	@$(BIN)/python -m pytest -m slow
+
+test-matrix: $(READY) ## Run the tests of serving on each vLLM of docs/versions.md. VERSIONS="..." KEEP=1
+	@$(BIN)/python deploy/cpu/matrix.py $(VERSIONS) $(if $(KEEP),--keep)
 
 lint: $(READY) types ## Check style and types.
 	@$(BIN)/ruff check .
