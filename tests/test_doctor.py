@@ -277,7 +277,7 @@ def test_dry_run_reads_no_tensor_whole_and_downloads_nothing(family, monkeypatch
     assert last(family.task).status == "ok"  # the fingerprint samples a mapped file
     monkeypatch.setattr("enchtable_vllm.checkpoint.Checkpoint.read", fail)
     assert last(family.task, family.vector, family.base).status == "ok"
-    monkeypatch.setattr("huggingface_hub.file_download.http_get", fail)
+    monkeypatch.setattr("huggingface_hub.hf_api.HfApi.repo_info", fail)
     absent = last("org/absent")
     assert absent.status == "fail"
     assert "hf download org/absent" in absent.cure
