@@ -116,6 +116,9 @@ def test_a_torchvision_that_does_not_import_is_named_as_the_root_cause(tmp_path)
     assert broken["status"] == "fail"
     assert broken["cause"] == "RuntimeError: operator torchvision::nms does not exist"
     assert "pip uninstall torchvision" in broken["cure"]
+    assert (
+        found["plugin"]["cause"] == broken["cause"]
+    )  # under what vLLM and transformers wrap it in
     assert found["torch"]["status"] == "ok"
 
 
