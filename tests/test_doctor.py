@@ -183,6 +183,15 @@ def test_a_child_that_crashes_or_hangs_fails_the_step_it_was_in(tmp_path, monkey
     assert run_steps(["torchcodec"], timeout_seconds=1)["torchcodec"].error == "no end after 1 s"
 
 
+def test_the_first_error_of_a_chain_is_the_cause(tmp_path, monkeypatch):
+    """Whatever wraps an import error says less than the error itself."""
+    chain = "try:\n    import gone\nexcept ImportError as e:\n    raise RuntimeError('no') from e"
+    files = [("torchcodec/__init__.py", chain)]
+    monkeypatch.setenv("PYTHONPATH", str(distribution(tmp_path, "shim", files)))
+    found = run_steps(["torchcodec"])["torchcodec"]
+    assert found.error == "ModuleNotFoundError: No module named 'gone'"
+
+
 def test_the_cache_is_not_made_by_asking(tmp_path, monkeypatch):
     monkeypatch.setenv("ENCHTABLE_CACHE", str(tmp_path / "a" / "b"))
     assert check_cache().status == "ok"
