@@ -13,3 +13,8 @@ def cache_folder() -> Path:
         return Path(chosen).expanduser()
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(base).expanduser() / "enchtable"
+
+
+def allows_any_vllm() -> bool:
+    """``ENCHTABLE_ANY_VLLM=1``: try a vLLM below the lower bound, to find where the bound is."""
+    return os.environ.get("ENCHTABLE_ANY_VLLM") == "1"

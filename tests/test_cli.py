@@ -136,7 +136,7 @@ def test_low_retained_share_warns(family, tmp_path):
 
 
 COMMANDS = [[], ["vector"], ["vector", "build"], ["vector", "inspect"], ["vector", "verify"],
-            ["plan"], ["merge"], ["demo"]]  # fmt: skip
+            ["plan"], ["merge"], ["doctor"], ["demo"]]  # fmt: skip
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
@@ -144,6 +144,23 @@ def test_help(command):
     result = CliRunner().invoke(cli.app, [*command, "--help"])
     assert result.exit_code == 0
     assert "Usage" in result.output
+
+
+@pytest.mark.parametrize(("name", "summary"), cli.COMMANDS.items())
+def test_the_list_of_commands_says_what_each_says_of_itself(name, summary):
+    help_text = CliRunner().invoke(cli.app, [name, "--help"], env={"COLUMNS": "200"}).output
+    assert summary in help_text
+
+
+def test_help_imports_neither_torch_nor_any_command():
+    """It is there at once, and where torch is not."""
+    code = (
+        "import sys; from typer.testing import CliRunner; from enchtable_vllm import cli\n"
+        "assert CliRunner().invoke(cli.app, ['--help']).exit_code == 0\n"
+        "print(sorted({'torch', 'enchtable_vllm.cli.plan', 'pydantic'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_wrong_usage_and_version():

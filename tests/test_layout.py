@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 #: Each may import itself and what stands to its right.
-ORDER = ["cli", "demo", "serving", "merge", "plan", "vector", "checkpoint", "errors"]
+ORDER = ["cli", "doctor", "demo", "serving", "merge", "plan", "vector", "checkpoint", "errors"]
 #: Leaves that everybody may import; they import nothing of ours.
 LEAVES = {"errors", "envs", "progress"}
 FILES = sorted((ROOT / "enchtable_vllm").rglob("*.py"))
@@ -100,8 +100,9 @@ def test_the_wheel_holds_both_packages_and_nothing_else(tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
     assert tops == {"enchtable_vllm", "enchtable_kernels", "enchtable_vllm-0.1.0.dist-info"}
-    for name in ("enchtable_vllm/py.typed", "enchtable_kernels/triton_add.py"):
-        assert name in names
+    for name in ("py.typed", "serving/tested_versions.json", "doctor/probe.py"):
+        assert f"enchtable_vllm/{name}" in names
+    assert "enchtable_kernels/triton_add.py" in names
 
 
 def test_files_stay_readable():

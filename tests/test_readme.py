@@ -1,6 +1,7 @@
 """The documentation says what the code does: commands, options, keys, targets."""
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from typer.testing import CliRunner
 
 from enchtable_vllm import cli
 from enchtable_vllm.serving.config import LoaderConfig
+from enchtable_vllm.serving.versions import lower_bound, newest_tested
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -36,6 +38,7 @@ def test_every_command_is_documented():
         "vector verify",
         "plan",
         "merge",
+        "doctor",
     }
     assert "`enchtable demo`" in README
 
@@ -45,6 +48,15 @@ def test_every_loader_key_is_documented_with_its_default():
     assert rows.keys() == LoaderConfig.model_fields.keys()
     assert rows["verify"] == f"`{LoaderConfig().verify}`"
     assert rows["inner_load_format"] == f"`{LoaderConfig().inner_load_format}`"
+
+
+def test_the_versions_that_are_claimed_are_those_that_were_run():
+    """One place states them: the README's row and the table follow from it."""
+    (row,) = re.findall(r"^\| tested \| vLLM ([\d.]+) to ([\d.]+) ", README, re.MULTILINE)
+    assert row == (str(lower_bound()), str(newest_tested()))
+    path = ROOT / "deploy" / "cpu" / "matrix.py"
+    table = runpy.run_path(str(path))["table"]
+    assert (ROOT / "docs" / "versions.md").read_text() == table()
 
 
 def test_make_targets_and_links_exist():

@@ -8,15 +8,58 @@ from __future__ import annotations
 
 import signal
 import sys
+from importlib import import_module
 from types import FrameType
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
-from enchtable_vllm.cli import demo, merge, plan, vector
 from enchtable_vllm.cli.output import errors
-from enchtable_vllm.errors import EnchTableError
+from enchtable_vllm.errors import ConfigError, EnchTableError
+
+#: Each is a module here, imported when it is called: most bring in torch, which takes seconds,
+#: may not be there, and may be what 'doctor' is to find broken.
+COMMANDS = {
+    "vector": "Build, inspect and verify safety vectors.",
+    "plan": "Plan a merge: how much of the safety vector each matrix of a fine-tune can take.",
+    "merge": "Merge offline, for whoever does not run vLLM.",
+    "doctor": "Check this environment, and what a server would do with a model.",
+    "demo": "Train, distil, plan, merge and serve a real small model, and show what it does.",
+}
+
+
+class _Lazy(TyperGroup):
+    """Puts the real command in place of its one-line stand-in once it is called for."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and args[0] in COMMANDS:
+            self.add_command(_load(args[0]), args[0])
+        return super().resolve_command(ctx, args)
+
+
+def _load(name: str) -> Any:
+    try:
+        module = import_module(f"enchtable_vllm.cli.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise ConfigError(
+            f"'enchtable {name}'",
+            expected="torch in this environment",
+            got="none",
+            fix="Install the build for your device, or vLLM, which brings its own; "
+            "'enchtable doctor' works without.",
+        ) from error
+    group: typer.Typer | None = getattr(module, "app", None)
+    if group is None:
+        group = typer.Typer(add_completion=False, rich_markup_mode="rich")
+        group.command(name)(getattr(module, name))
+    return typer.main.get_command(group)
+
 
 app = typer.Typer(
+    cls=_Lazy,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -24,10 +67,8 @@ app = typer.Typer(
     help="Give fine-tuned models their safety alignment back: build safety vectors, plan their "
     "merge, merge. To serve: [bold]vllm serve MODEL --load-format enchtable[/bold].",
 )
-app.add_typer(vector.app, name="vector")
-app.command("plan")(plan.plan)
-app.command("merge")(merge.merge)
-app.command("demo")(demo.demo)
+for _name, _summary in COMMANDS.items():
+    app.command(_name, help=_summary)(lambda: None)
 
 
 def _version(wanted: bool) -> None:

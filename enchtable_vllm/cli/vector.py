@@ -20,7 +20,9 @@ from enchtable_vllm.vector import SafetyVector, Scope, add_factors, build_vector
 from enchtable_vllm.vector.build import StoredDtype
 from enchtable_vllm.vector.factor_files import factor_bytes, verify_factors
 
-app = typer.Typer(no_args_is_help=True, help="Build, inspect and verify safety vectors.")
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, help="Build, inspect and verify safety vectors."
+)
 
 VectorArgument = Annotated[str, typer.Argument(help="Folder, or Hub id[@revision].")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]

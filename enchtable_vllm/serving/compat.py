@@ -1,7 +1,8 @@
 """Everything of vLLM's that is touched, in one place.
 
-Tested with vLLM 0.32.0 (CPU build). Public extension points: ``register_model_loader``,
-``BaseModelLoader``, ``get_model_loader``, ``init_logger``. Internals, each named where used:
+Which versions were tested: `versions`, and docs/versions.md. Public extension points:
+``register_model_loader``, ``BaseModelLoader``, ``get_model_loader``, ``init_logger``,
+``load_general_plugins``. Internals, each named where used:
 
 * ``ep_weight_filter.should_skip_weight`` and the inner loader's ``local_expert_ids``, to tell
   an expert of another rank from a tensor that went missing;
@@ -14,8 +15,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import logging
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from typing import Any, cast
 
 import torch
@@ -36,8 +39,10 @@ __all__ = [
     "inner_loader",
     "is_draft",
     "is_skipped_expert",
+    "loader_by_plugins",
     "logger",
     "may_look_ahead",
+    "missing_for_swapping",
     "pin_format",
     "read_from",
     "register",
@@ -61,6 +66,22 @@ def register(load_format: str, make: Callable[[LoadConfig], BaseModelLoader]) ->
             return make(load_config)
 
     model_loader.register_model_loader(load_format)(EnchTableModelLoader)
+
+
+def loader_by_plugins(load_format: str) -> str:
+    """Load the general plugins, as each of vLLM's processes does, and make a format's loader.
+
+    Returns:
+        The loader's class.
+
+    Raises:
+        ValueError: VLLM does not know the format.
+    """
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    kind = type(model_loader.get_model_loader(LoadConfig(load_format=load_format)))
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def inner_loader(load_config: LoadConfig, load_format: str, extra: dict[str, Any]) -> Any:
@@ -154,3 +175,35 @@ def shows_progress(load_config: LoadConfig) -> bool:
     distributed = torch.distributed
     first = not distributed.is_initialized() or distributed.get_rank() == 0
     return bool(load_config.use_tqdm_on_load) and first
+
+
+#: What exchanging vectors in a running server will need: name → (module, attribute, parameter).
+_FOR_SWAPPING = {
+    "vllm.endpoint_plugins": ("vllm.plugins", "load_endpoint_plugins", None),
+    "pause_generation(mode)": ("vllm.v1.engine.async_llm", "AsyncLLM.pause_generation", "mode"),
+    "pause_generation(clear_cache)": (
+        "vllm.v1.engine.async_llm",
+        "AsyncLLM.pause_generation",
+        "clear_cache",
+    ),
+    "resume_generation": ("vllm.v1.engine.async_llm", "AsyncLLM.resume_generation", None),
+    "reload_weights(weights_iterator)": (
+        "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner.reload_weights",
+        "weights_iterator",
+    ),
+    "collective_rpc": ("vllm.v1.engine.async_llm", "AsyncLLM.collective_rpc", None),
+    "update_weight_version": ("vllm.v1.engine.async_llm", "AsyncLLM.update_weight_version", None),
+}
+
+
+def missing_for_swapping() -> list[str]:
+    """What of `_FOR_SWAPPING` this vLLM lacks, by name. Imports the engine: seconds."""
+    missing = []
+    for name, (module, path, parameter) in _FOR_SWAPPING.items():
+        found: Any = import_module(module)
+        for part in path.split("."):
+            found = getattr(found, part, None)
+        if found is None or (parameter and parameter not in inspect.signature(found).parameters):
+            missing.append(name)
+    return missing

@@ -29,11 +29,34 @@ def register() -> None:
         # Whoever serves without us must not be stopped. Whoever asks for us is told by vLLM that
         # the format is unknown, and finds the reason in this line.
         logging.getLogger("vllm.enchtable").warning(
-            "--load-format %s is not available: %s: %s", LOAD_FORMAT, type(error).__name__, error
+            "--load-format %s is not available: %s", LOAD_FORMAT, _reason(error)
         )
 
 
 def _make(load_config: Any) -> Any:
+    from enchtable_vllm.errors import ConfigError
+    from enchtable_vllm.serving import last_word, versions
+
+    try:
+        versions.refuse_old(versions.installed_vllm())
+    except ConfigError as error:
+        last_word.leave(error)
+        raise
     from enchtable_vllm.serving.loader import EnchTableModelLoader
 
     return EnchTableModelLoader(load_config)
+
+
+def _reason(error: Exception) -> Exception | str:
+    """An error, or what is behind it: a vLLM that is too old lacks what is imported."""
+    from enchtable_vllm.errors import ConfigError
+
+    try:
+        from enchtable_vllm.serving import versions
+
+        versions.refuse_old(versions.installed_vllm(), cause=error)
+    except ConfigError as too_old:
+        return too_old
+    except Exception:  # this is no place for another failure
+        pass
+    return f"{type(error).__name__}: {error}"

@@ -8,6 +8,16 @@ import pytest
 from vllm_runs import ONE_PROCESS, changed, merged_offline, probe
 
 
+def with_draft(family):
+    speculates = {"method": "draft_model", "num_speculative_tokens": 2}
+    return {
+        "model": str(family.task),
+        "enforce_eager": True,
+        "speculative_config": {**speculates, "model": str(family.base)},
+        "may_fail": True,
+    }
+
+
 @pytest.fixture(scope="module")
 def one_rank(family, merged, real_family, tmp_path_factory):
     """All settings of one rank, in one process."""
@@ -27,20 +37,11 @@ def one_rank(family, merged, real_family, tmp_path_factory):
                 "inner_extra_config": {"enable_multithread_load": True, "num_threads": 2},
             },
         },
-        "with a draft model": {
-            "model": str(family.task),
-            "enforce_eager": True,
-            "load_format": "enchtable",
-            "speculative_config": {
-                "method": "draft_model",
-                "model": str(family.base),
-                "num_speculative_tokens": 2,
-            },
-        },
         "offline compiled": {"model": str(merged)},
         "ours compiled": {"model": str(family.task), "reload": True, **ours},
         "real offline": {"model": str(real_merged), "enforce_eager": True},
         "real ours": {"model": str(real_family.task), "enforce_eager": True, **ours},
+        "with a draft model": {**with_draft(family), **ours},
     }
     results, printed = probe(list(settings.values()), **ONE_PROCESS)
     return dict(zip(settings, results, strict=True)), printed
@@ -87,9 +88,13 @@ def test_another_inner_format_serves_the_same(one_rank):
 @pytest.mark.supports("speculative decoding (the draft model unmerged)")
 def test_a_draft_model_passes_through_and_the_log_says_so(one_rank, family):
     seen, printed = one_rank
-    with_draft, offline = seen["with a draft model"]["first"], seen["offline"]["first"]
-    assert with_draft["weights"] == offline["weights"]
-    assert with_draft["tokens"] == offline["tokens"]
+    if error := seen["with a draft model"].get("error"):
+        (plain,), _ = probe([with_draft(family)], **ONE_PROCESS)
+        assert plain.get("error") == error
+        pytest.skip(f"vLLM's own speculative decoding fails here: {error}")
+    drafted, offline = seen["with a draft model"]["first"], seen["offline"]["first"]
+    assert drafted["weights"] == offline["weights"]
+    assert drafted["tokens"] == offline["tokens"]
     assert printed.count(f"draft model '{family.base}' passes through unmerged") == 1
 
 

@@ -1,0 +1,93 @@
+"""Folders: the cache that plans are kept in, and the root that a server takes vectors from."""
+
+from __future__ import annotations
+
+import os
+import stat
+import tempfile
+from pathlib import Path
+
+from enchtable_vllm.doctor.finding import Finding
+from enchtable_vllm.envs import cache_folder
+from enchtable_vllm.errors import EnchTableError
+
+
+def check_cache() -> Finding:
+    """Whether a computed plan can be kept: proven by writing, where the folder is or would be."""
+    folder = cache_folder()
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    try:
+        with tempfile.TemporaryDirectory(dir=nearest, prefix=".enchtable-doctor-"):
+            pass
+    except OSError as error:
+        return Finding(
+            "cache",
+            "fail",
+            f"'{folder}' cannot be written to",
+            f"{type(error).__name__}: {error}",
+            "Set ENCHTABLE_CACHE to a folder that can, or make plans ahead with 'enchtable plan'.",
+        )
+    return Finding("cache", "ok", f"'{folder}' can be written to")
+
+
+def check_vector_root(root: Path) -> list[Finding]:
+    """Whether a server can take vectors from here, and nobody else can put one there.
+
+    Args:
+        root: Holds one folder for each vector.
+    """
+    name = f"vector root '{root}'"
+    try:
+        folders = sorted(path for path in root.iterdir() if path.is_dir())
+    except OSError as error:
+        cure = "Check the path and its permissions."
+        return [Finding(name, "fail", "not a readable folder", f"{error}", cure)]
+    findings = []
+    if open_to_all := _writable_by_all(root):
+        findings.append(
+            Finding(
+                name,
+                "fail",
+                f"{len(open_to_all)} path(s) that every user of this machine can write to",
+                f"the first: '{open_to_all[0]}'",
+                f"Whoever writes there chooses what is served: chmod -R o-w '{root}'.",
+            )
+        )
+    opened = [_check_vector(folder) for folder in folders]
+    if not opened:
+        cure = "Put each vector into a folder of its own inside it."
+        findings.append(Finding(name, "warn", "empty", "it holds no folder", cure))
+    elif not findings:
+        findings.append(Finding(name, "ok", f"{len(opened)} folder(s), readable"))
+    return findings + opened
+
+
+def _check_vector(folder: Path) -> Finding:
+    name = f"vector '{folder.name}'"
+    try:
+        from enchtable_vllm.vector import SafetyVector
+
+        vector = SafetyVector.open(folder)
+    except ModuleNotFoundError as error:
+        return Finding(name, "skip", f"cannot be read here: {error}")
+    except EnchTableError as error:
+        return Finding.refused(name, error)
+    except OSError as error:
+        return Finding(name, "fail", "cannot be read", f"{error}", "Check its permissions.")
+    manifest = vector.manifest
+    return Finding(
+        name,
+        "ok",
+        f"manifest and headers agree: {len(manifest.tensors)} tensors, scope {manifest.scope}, "
+        f"of '{manifest.aligned.id}'",
+    )
+
+
+def _writable_by_all(root: Path) -> list[Path]:
+    found = []
+    for folder, _, files in os.walk(root):
+        for path in (Path(folder), *(Path(folder, file) for file in sorted(files))):
+            # A link's own permissions mean nothing; what it leads to is what counts.
+            if path.exists() and path.stat().st_mode & stat.S_IWOTH:
+                found.append(path)
+    return found

@@ -1,0 +1,308 @@
+"""``enchtable doctor`` in environments that are really broken, and on artefacts that are."""
+
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import models
+import pytest
+from typer.testing import CliRunner
+
+from enchtable_vllm import cli
+from enchtable_vllm.checkpoint import locate
+from enchtable_vllm.doctor.child import run_steps
+from enchtable_vllm.doctor.dry_run import Question, dry_run
+from enchtable_vllm.doctor.folders import check_cache, check_vector_root
+from enchtable_vllm.serving.versions import lower_bound
+from enchtable_vllm.vector import build_vector
+
+ROOT = Path(__file__).parent.parent
+MAIN = "from enchtable_vllm.cli import main; main()"
+
+
+def command(*arguments, code, python=sys.executable, **variables):
+    """The command in a process of its own: (standard output, standard error)."""
+    done = subprocess.run(
+        [str(python), "-P", "-c", MAIN, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | variables,
+    )
+    assert "Traceback" not in done.stderr
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout, done.stderr
+
+
+def doctor(*arguments, code, **variables):
+    """Its findings by name."""
+    out, _ = command("doctor", "--json", *arguments, code=code, **variables)
+    report = json.loads(out)
+    assert report["healthy"] is (code == 0)
+    return {finding["name"]: finding for finding in report["findings"]}
+
+
+def on_path(*folders):
+    """A PYTHONPATH with these before whatever is on it, and this tree."""
+    return os.pathsep.join(map(str, [*folders, ROOT, ROOT / "kernels"]))
+
+
+def distribution(folder, name, files=(), version="9.0", **entry_points):
+    """What pip leaves of an installed distribution, as far as importlib.metadata reads it."""
+    info = folder / f"{name}-{version}.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    lines = [f"[{group}]\n{entry}" for group, entry in entry_points.items()]
+    (info / "entry_points.txt").write_text("\n".join(lines))
+    for path, text in files:
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(text)
+    return folder
+
+
+def test_a_healthy_environment_root_and_model(family, tmp_path):
+    root = tmp_path / "root"
+    shutil.copytree(family.vector, root / "sv")
+    found = doctor("--vector-root", root, "--model", family.task, code=0)
+    assert {name: finding["status"] for name, finding in found.items()} == dict.fromkeys(
+        ["environment variables", "torch", "vLLM", "vLLM version", "plugin", "fused addition",
+         "cache", f"vector root '{root}'", "vector 'sv'", "model", "dry run"],
+        "ok",
+    )  # fmt: skip
+    assert found["vLLM version"]["found"].endswith("tested")
+    assert found["plugin"]["found"] == "a fresh process knows '--load-format enchtable'"
+    assert "would merge 8 and keep 13 tensors" in found["dry run"]["found"]
+    assert not any(finding["cause"] or finding["cure"] for finding in found.values())
+
+
+def test_a_filtered_plugin_a_cache_in_a_file_and_triton_interpreted(tmp_path):
+    (tmp_path / "file").write_text("")
+    found = doctor(
+        code=1,
+        VLLM_PLUGINS="other",
+        ENCHTABLE_CACHE=str(tmp_path / "file" / "cache"),
+        TRITON_INTERPRET="1",
+    )
+    assert found["plugin"]["status"] == "fail"
+    assert found["plugin"]["cause"] == "VLLM_PLUGINS='other' filters it out"
+    assert "Add 'enchtable' to it" in found["plugin"]["cure"]
+    assert found["cache"]["status"] == "fail"
+    assert "NotADirectoryError" in found["cache"]["cause"]
+    assert "ENCHTABLE_CACHE" in found["cache"]["cure"]
+    shown = found["environment variables"]
+    assert "VLLM_PLUGINS=other" in shown["found"]
+    assert (shown["status"], "interpreter" in shown["cause"]) == ("warn", True)
+    assert found["vLLM"]["status"] == "ok"
+
+
+#: What torchvision's build for CUDA does beside a CPU torch: its operators are in a library that
+#: does not load, and the first function that names one fails.
+TORCHVISION = """
+import torch
+torch.library.register_fake("torchvision::nms")(lambda *tensors: None)
+"""
+
+
+def test_a_torchvision_that_does_not_import_is_named_as_the_root_cause(tmp_path):
+    files = [("torchvision/__init__.py", TORCHVISION)]
+    shim = distribution(tmp_path / "shim", "torchvision", files)
+    found = doctor(code=1, PYTHONPATH=on_path(shim))
+    broken = found["torchvision"]
+    assert broken["status"] == "fail"
+    assert broken["cause"] == "RuntimeError: operator torchvision::nms does not exist"
+    assert "pip uninstall torchvision" in broken["cure"]
+    assert (
+        found["plugin"]["cause"] == broken["cause"]
+    )  # under what vLLM and transformers wrap it in
+    assert found["torch"]["status"] == "ok"
+
+
+def test_a_stale_entry_point_is_named_with_the_import_that_fails(tmp_path):
+    """A second, older installation earlier on the path hides this one's entry point."""
+    entry = {"vllm.general_plugins": "enchtable = enchtable_gone.registration:register"}
+    shim = distribution(tmp_path / "shim", "enchtable_vllm", **entry)
+    found = doctor(code=1, PYTHONPATH=on_path(shim))
+    assert found["vLLM"]["status"] == "ok"
+    assert found["plugin"]["status"] == "fail"
+    assert "importing what it names fails" in found["plugin"]["found"]
+    assert found["plugin"]["cause"] == "ModuleNotFoundError: No module named 'enchtable_gone'"
+
+
+def test_a_vllm_that_is_too_old_is_refused_by_name(tmp_path):
+    """By what it says of itself: the loader's own refusal, met where vLLM makes the loader."""
+    shim = distribution(tmp_path / "shim", "vllm", version="0.9.0+cpu")
+    found = doctor(code=1, PYTHONPATH=on_path(shim))
+    old = found["vLLM version"]
+    assert old["status"] == "fail"
+    assert f"needs {lower_bound()} or newer" in old["found"]
+    refusal = f"--load-format enchtable: expected vLLM {lower_bound()} or newer, got 0.9.0+cpu ("
+    assert refusal in found["plugin"]["cause"]
+
+
+@pytest.fixture
+def without_torch(tmp_path):
+    """A Python whose site-packages have everything that these have but torch and vLLM."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+    (target,) = (tmp_path / "venv" / "lib").glob("*/site-packages")
+    left_out = ("torch", "vllm", "triton", "transformers", "functorch", "__editable__", "enchtable")
+    for path in Path(sysconfig.get_path("purelib")).iterdir():
+        if not path.name.startswith(left_out):
+            (target / path.name).symlink_to(path)
+    return tmp_path / "venv" / "bin" / "python"
+
+
+def test_neither_torch_nor_vllm(without_torch, family, tmp_path):
+    environment = {"python": without_torch, "PYTHONPATH": on_path()}
+    out, _ = command("--help", code=0, **environment)
+    assert "doctor" in out
+    root = tmp_path / "root"
+    shutil.copytree(family.vector, root / "sv")
+    found = doctor("--vector-root", root, "--model", family.task, code=1, **environment)
+    assert found["torch"]["found"] == found["vLLM"]["found"] == "not installed"
+    assert found["vLLM"]["status"] == "fail"
+    for name in ("plugin", "fused addition", "vector 'sv'", "dry run"):
+        assert found[name]["status"] == "skip", name
+    _, error = command("plan", code=1, **environment)
+    assert error.startswith("ConfigError: 'enchtable plan': expected torch in this environment")
+
+
+def test_a_child_that_crashes_or_hangs_fails_the_step_it_was_in(tmp_path, monkeypatch):
+    crash = "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"
+    files = [("torchaudio/__init__.py", "__version__ = '9'"), ("torchcodec/__init__.py", crash)]
+    monkeypatch.setenv("PYTHONPATH", str(distribution(tmp_path, "shim", files)))
+    found = run_steps(["torchaudio", "torchcodec", "torchvision"])
+    assert found["torchaudio"].value == {"version": "9"}
+    assert found["torchcodec"].error == "the process ended by SIGSEGV"
+    assert found["torchvision"].error == "not reached"
+    (tmp_path / "torchcodec" / "__init__.py").write_text("import time; time.sleep(60)")
+    assert run_steps(["torchcodec"], timeout_seconds=1)["torchcodec"].error == "no end after 1 s"
+
+
+def test_the_first_error_of_a_chain_is_the_cause(tmp_path, monkeypatch):
+    """Whatever wraps an import error says less than the error itself."""
+    chain = "try:\n    import gone\nexcept ImportError as e:\n    raise RuntimeError('no') from e"
+    files = [("torchcodec/__init__.py", chain)]
+    monkeypatch.setenv("PYTHONPATH", str(distribution(tmp_path, "shim", files)))
+    found = run_steps(["torchcodec"])["torchcodec"]
+    assert found.error == "ModuleNotFoundError: No module named 'gone'"
+
+
+def test_the_cache_is_not_made_by_asking(tmp_path, monkeypatch):
+    monkeypatch.setenv("ENCHTABLE_CACHE", str(tmp_path / "a" / "b"))
+    assert check_cache().status == "ok"
+    assert list(tmp_path.iterdir()) == []
+
+
+def statuses(findings):
+    return {finding.name: finding.status for finding in findings}
+
+
+def test_a_root_that_everybody_can_write_to(family, tmp_path):
+    root = tmp_path / "root"
+    shutil.copytree(family.vector, root / "sv")
+    assert statuses(check_vector_root(root)) == {f"vector root '{root}'": "ok", "vector 'sv'": "ok"}
+    for path in (root, root / "sv", root / "sv" / "safety_vector.json"):
+        before = path.stat().st_mode
+        path.chmod(before | stat.S_IWOTH)
+        finding = check_vector_root(root)[0]
+        assert finding.status == "fail"
+        assert finding.cause == f"the first: '{path}'"
+        assert f"chmod -R o-w '{root}'" in finding.cure
+        path.chmod(before)
+
+
+def test_a_root_with_damaged_vectors(family, tmp_path):
+    root = tmp_path / "root"
+    for name in ("good", "no manifest", "truncated"):
+        shutil.copytree(family.vector, root / name)
+    (root / "no manifest" / "safety_vector.json").unlink()
+    weights = root / "truncated" / "safety_vector.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    found = {finding.name: finding for finding in check_vector_root(root)}
+    assert found["vector 'good'"].status == "ok"
+    assert found["vector 'no manifest'"].cause.startswith("SafetyVectorError: expected a file")
+    assert "truncated or corrupt" in found["vector 'truncated'"].cure
+    assert found["vector 'truncated'"].status == "fail"
+
+
+def test_a_root_that_is_missing_or_empty(tmp_path):
+    (missing,) = check_vector_root(tmp_path / "none")
+    assert (missing.status, "No such file" in missing.cause) == ("fail", True)
+    (empty,) = check_vector_root(tmp_path)
+    assert empty.status == "warn"
+
+
+def last(*arguments):
+    return dry_run(Question(*(str(a) if a is not None else None for a in arguments)))[-1]
+
+
+def test_dry_run_with_a_plan_says_what_the_loader_says(family, damaged):
+    finding = last(family.task)
+    assert finding.status == "ok"
+    assert "merge 8 and keep 13 tensors (13: not in the safety vector)" in finding.found
+    assert "beta 0.5, scope attention" in finding.found
+    assert last(family.task, None, None, family.plan).status == "ok"
+    wrong = last(family.base, family.vector, None, family.plan)
+    assert wrong.status == "fail"
+    assert wrong.cause.startswith("MismatchError: expected the task model that the plan was made")
+    (damaged.vector / "safety_vector.json").write_text("{}")
+    assert last(damaged.task).cause.startswith("SafetyVectorError: expected format version 1")
+
+
+def test_dry_run_without_a_plan_classifies(family, tmp_path):
+    ok = last(family.task, family.vector, family.base)
+    assert ok.status == "ok"
+    assert ok.found.startswith("a plan would merge 8 and keep 13 tensors")
+    untold = last(family.base, family.vector)
+    assert (untold.status, "--base-model" in untold.cure) == ("warn", True)
+    other = models.tiny_llama(tmp_path / "other", vocabulary=1024)
+    surrogate = models.perturbed(other, tmp_path / "s", scale=1e-2, seed=3)
+    build_vector(locate(other), locate(surrogate), tmp_path / "vector", scope="all")
+    refused = last(family.base, tmp_path / "vector", family.base)
+    assert refused.cause.startswith("MismatchError: expected a base model, a fine-tune of it")
+
+
+def test_dry_run_of_a_model_alone(family, tmp_path):
+    model, scopes = dry_run(Question(str(family.base)))
+    assert model.found == "LlamaForCausalLM, 21 tensors (21 BF16)"
+    assert "attention 8, ffn 6, attention+ffn 14, all 21" in scopes.found
+    assert scopes.status == "warn"
+    shutil.copytree(family.base, tmp_path / "quantised")
+    config = json.loads((family.base / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "awq"}
+    (tmp_path / "quantised" / "config.json").write_text(json.dumps(config))
+    refused = last(tmp_path / "quantised")
+    assert refused.status == "fail"
+    assert "quantization method 'awq'" in refused.cause
+
+
+def test_dry_run_reads_no_tensor_whole_and_downloads_nothing(family, monkeypatch):
+    def fail(*_):
+        raise AssertionError("read")
+
+    monkeypatch.setattr("enchtable_vllm.vector.SafetyVector.read", fail)
+    assert last(family.task).status == "ok"  # the fingerprint samples a mapped file
+    monkeypatch.setattr("enchtable_vllm.checkpoint.Checkpoint.read", fail)
+    assert last(family.task, family.vector, family.base).status == "ok"
+    monkeypatch.setattr("huggingface_hub.hf_api.HfApi.repo_info", fail)
+    absent = last("org/absent")
+    assert absent.status == "fail"
+    assert "hf download org/absent" in absent.cure
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--safety-vector", "v"],
+        ["--model", "m", "--base-model", "b"],
+        ["--model", "m", "--safety-vector", "v", "--base-model", "b", "--merge-plan", "p"],
+        ["--everything"],
+    ],
+)
+def test_wrong_usage(arguments):
+    assert CliRunner().invoke(cli.app, ["doctor", *arguments]).exit_code == 2

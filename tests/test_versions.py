@@ -1,0 +1,80 @@
+"""What follows from the table of tested versions: the bound, the refusal, no upper pin."""
+
+import json
+
+import pytest
+
+from enchtable_vllm.errors import ConfigError
+from enchtable_vllm.serving import versions
+
+ROW = {"torch": "2", "triton": "3", "transformers": "5", "python": "3.11", "date": "2026-11-22"}
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch):
+    """A table of other versions: ``table("0.20.0 failed", "0.21.0 passed")``."""
+
+    def write(*rows):
+        entries = []
+        for row in rows:
+            version, loader = row.split()
+            reason = f"lacks '{version}'" if loader == "failed" else ""
+            entries.append(
+                {**ROW, "vllm": version, "loader": loader, "tests": "x", "reason": reason}
+            )
+        path = tmp_path / "tested.json"
+        path.write_text(json.dumps(entries))
+        monkeypatch.setattr(versions, "TESTED_FILE", path)
+        versions.tested_versions.cache_clear()
+
+    yield write
+    versions.tested_versions.cache_clear()
+
+
+def test_the_bound_stands_above_the_newest_failure(table):
+    table("0.9.2 passed", "0.10.0 failed", "0.11.0 passed", "0.20.0 passed")
+    assert str(versions.lower_bound()) == "0.11.0"
+    table("0.9.2 passed", "0.20.0 passed")
+    assert str(versions.lower_bound()) == "0.9.2"
+
+
+@pytest.mark.parametrize(
+    ("installed", "standing"),
+    [
+        ("0.20.0", "tested"),
+        ("0.20.0+cpu", "tested"),
+        ("0.20.0rc1.dev5+gabc", "tested"),
+        ("0.15.3", "between tested versions"),
+        ("0.20.1", "newer than tested"),
+        ("1.0", "newer than tested"),
+        ("0.10.9", "too old"),
+        ("0.9.2", "too old"),
+        ("0.1.dev1+gabc", "unknown"),
+        ("dev", "unknown"),
+    ],
+)
+def test_standing(table, installed, standing):
+    table("0.10.0 failed", "0.11.0 passed", "0.20.0 passed")
+    assert versions.standing(installed) == standing
+    if standing != "too old":
+        versions.refuse_old(installed)
+
+
+def test_a_refusal_names_what_is_missing(table, monkeypatch):
+    table("0.10.0 failed", "0.11.0 passed")
+    with pytest.raises(ConfigError) as refused:
+        versions.refuse_old("0.9.2")
+    assert "expected vLLM 0.11.0 or newer, got 0.9.2 (vLLM 0.10.0 lacks '0.10.0')" in str(
+        refused.value
+    )
+    with pytest.raises(ConfigError, match=r"0\.9\.2 \(cannot import name 'x'\)"):
+        versions.refuse_old("0.9.2", cause=ImportError("cannot import name 'x'"))
+    versions.refuse_old(None)
+    monkeypatch.setenv("ENCHTABLE_ANY_VLLM", "1")
+    versions.refuse_old("0.9.2")
+
+
+def test_this_environment_is_supported():
+    installed = versions.installed_vllm()
+    assert installed is not None
+    assert versions.standing(installed) == "tested"
