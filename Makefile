@@ -3,7 +3,7 @@ VENV ?= .venv
 READY := $(VENV)/.ready
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test test-gpu test-slow test-matrix lint types format bench bench-plan fuzz clean
+.PHONY: help setup demo test test-gpu test-slow test-matrix supported lint types format bench bench-plan fuzz clean
 help: ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /|/' | column -t -s '|'
 
@@ -27,6 +27,9 @@ test-slow: $(READY) ## Run the tests that take minutes.
 
 fuzz: $(READY) ## Feed damaged inputs to every reader. FUZZ_SECONDS=36000 for a night.
 	@$(BIN)/python tests/fuzz/fuzzer.py --seconds $(or $(FUZZ_SECONDS),600) --seed $$(date +%s)
+
+supported: $(READY) ## Write README's table of what is supported out of the tests.
+	@$(BIN)/python tests/supported.py
 
 test-matrix: $(READY) ## Run the tests of serving on each vLLM of docs/versions.md. VERSIONS="..." KEEP=1
 	@$(BIN)/python deploy/cpu/matrix.py $(VERSIONS) $(if $(KEEP),--keep)

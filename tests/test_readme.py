@@ -2,6 +2,8 @@
 
 import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,12 @@ def test_the_versions_that_are_claimed_are_those_that_were_run():
     path = ROOT / "deploy" / "cpu" / "matrix.py"
     table = runpy.run_path(str(path))["table"]
     assert (ROOT / "docs" / "versions.md").read_text() == table()
+
+
+def test_what_is_supported_is_what_the_tests_prove():
+    command = [sys.executable, str(ROOT / "tests" / "supported.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr
 
 
 def test_make_targets_and_links_exist():

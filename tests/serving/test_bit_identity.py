@@ -4,7 +4,9 @@ Bit-identical weights, read back through vLLM's own packed layers on every rank,
 greedy tokens with the same logprobs.
 """
 
+import models
 import pytest
+from test_cli import run
 from vllm_runs import ONE_PROCESS, changed, merged_offline, probe
 
 
@@ -19,10 +21,32 @@ def with_draft(family):
 
 
 @pytest.fixture(scope="module")
-def one_rank(family, merged, real_family, tmp_path_factory):
+def every_option(family, tmp_path_factory):
+    """An int8 vector, masks of both kinds, stochastic rounding: (task, loader keys, offline)."""
+    folder = tmp_path_factory.mktemp("options")
+    task = models.copy_family(family, folder / "family").task
+    vector, plan, merged = task / "safety-vector", task / "merge_plan.json", folder / "merged"
+    run(
+        "vector", "build", "--aligned", family.aligned, "--surrogate", family.surrogate, "-o",
+        vector, "--dtype", "int8", "--overwrite",
+    )  # fmt: skip
+    run(
+        "plan", "--task-model", task, "--base-model", family.base, "--safety-vector", vector,
+        "--beta", "0.5", "--density", "0.7", "--mask", "drop-sign-conflicts",
+    )  # fmt: skip
+    run(
+        "merge", "--task-model", task, "--safety-vector", vector, "--plan", plan, "-o", merged,
+        "--rounding", "stochastic",
+    )  # fmt: skip
+    return task, {"rounding": "stochastic"}, merged
+
+
+@pytest.fixture(scope="module")
+def one_rank(family, merged, real_family, every_option, tmp_path_factory):
     """All settings of one rank, in one process."""
     real_merged = merged_offline(real_family, tmp_path_factory.mktemp("m") / "merged")
     ours = {"load_format": "enchtable"}
+    with_options, keys, options_merged = every_option
     settings = {
         "unmerged": {"model": str(family.task), "enforce_eager": True},
         "offline": {"model": str(merged), "enforce_eager": True},
@@ -41,6 +65,14 @@ def one_rank(family, merged, real_family, tmp_path_factory):
         "ours compiled": {"model": str(family.task), "reload": True, **ours},
         "real offline": {"model": str(real_merged), "enforce_eager": True},
         "real ours": {"model": str(real_family.task), "enforce_eager": True, **ours},
+        "every option offline": {"model": str(options_merged), "enforce_eager": True},
+        "every option": {
+            "model": str(with_options),
+            "enforce_eager": True,
+            "model_loader_extra_config": keys,
+            "reload": True,
+            **ours,
+        },
         "with a draft model": {**with_draft(family), **ours},
     }
     results, printed = probe(list(settings.values()), **ONE_PROCESS)
@@ -98,6 +130,17 @@ def test_a_draft_model_passes_through_and_the_log_says_so(one_rank, family):
     assert printed.count(f"draft model '{family.base}' passes through unmerged") == 1
 
 
+@pytest.mark.supports("int8 vectors")
+@pytest.mark.supports("masks (`--density`, `--mask drop-sign-conflicts`)")
+@pytest.mark.supports("stochastic rounding")
+def test_int8_masks_and_stochastic_rounding_serve_their_offline_merge(one_rank):
+    seen, printed = one_rank
+    assert seen["every option"]["first"] == seen["every option offline"]["first"]
+    assert seen["every option"]["reloaded"] == seen["every option"]["first"]
+    assert changed(seen["every option"]["first"], seen["ours"]["first"])
+    assert printed.count("scope attention, rounding stochastic; ") == 2
+
+
 @pytest.mark.supports("SmolLM2-135M-Instruct")
 def test_the_real_small_model(one_rank):
     seen, _ = one_rank
@@ -113,7 +156,7 @@ def test_the_log_says_what_was_merged(one_rank):
     _, printed = one_rank
     lines = [line for line in printed.splitlines() if "safety vector merged: " in line]
     tiny = [line for line in lines if "8 merged, 13 kept, 0 filtered" in line]
-    assert len(tiny) == 6  # four loads and two reloads
+    assert len(tiny) == 8  # five loads and three reloads
     assert sum("120 merged, 152 kept, 0 filtered" in line for line in lines) == 1
     assert "Loading weights, merging" in printed  # the progress bar
 

@@ -57,7 +57,7 @@ def last_word(output):
     return message
 
 
-@pytest.mark.refuses("plans made for another model")
+@pytest.mark.refuses("a plan made for another model")
 def test_a_fault_in_headers_is_the_last_word_and_no_weight_is_read(family):
     """The plan is for another model."""
     output = refused(
@@ -71,7 +71,7 @@ def test_a_fault_in_headers_is_the_last_word_and_no_weight_is_read(family):
     assert "Loading weights" not in output
 
 
-@pytest.mark.refuses("vectors whose bytes changed")
+@pytest.mark.refuses("a flipped bit in the vector")
 def test_a_fault_in_content_stops_the_server_before_it_is_ready(damaged):
     path = damaged.vector / "safety_vector.safetensors"
     data = bytearray(path.read_bytes())
@@ -82,7 +82,7 @@ def test_a_fault_in_content_stops_the_server_before_it_is_ready(damaged):
     assert "Its bytes changed since it was built" in message
 
 
-@pytest.mark.refuses("unknown loader keys")
+@pytest.mark.refuses("an unknown or ill-typed loader key")
 def test_a_misspelt_key_is_refused_by_name(family):
     extra = '{"saftey_vector": "x"}'
     message = last_word(refused(family.task, "--model-loader-extra-config", extra))
