@@ -172,7 +172,7 @@ def load(family):
     """As the loader does."""
     prepared = prepare(LoaderConfig(), str(family.task), None, None, device="cpu")
     pass_ = MergeStream(
-        prepared.resolved, prepared.vector, what="task model", masks=prepared.masks, ahead=1
+        prepared.resolved, prepared.vector, what="task model", masks=prepared.masks, ahead_bytes=1
     )
     return dict(pass_.merge(load_file(family.task / "model.safetensors").items())), pass_.report
 

@@ -60,9 +60,10 @@ class MergeStream:
         what: How an error message calls the stream's source.
         device: Where merging happens. A tensor that is elsewhere is moved there; None merges
             each tensor where it is.
-        ahead: How many tensors a thread of ours may be ahead of the consumer: reading, hashing
-            and adding then overlap with what the consumer does. Only for a source whose tensors
-            stay valid while it goes on.
+        ahead_bytes: How far a thread of ours may be ahead of the consumer, in bytes of the
+            source; at least one tensor, or with 0 none. Reading, hashing and adding then overlap
+            with what the consumer does. Only for a source whose tensors stay valid while it
+            goes on.
         may_filter: Whether the source may leave a planned tensor out (other ranks' experts).
         masks: Of the plan, if it has any.
         rounding: ``stochastic`` rounds bf16 up or down at random, with noise that depends on the
@@ -81,7 +82,7 @@ class MergeStream:
         *,
         what: str,
         device: torch.device | None = None,
-        ahead: int = 0,
+        ahead_bytes: int = 0,
         masks: MergeMasks | None = None,
         rounding: Rounding = "nearest",
         may_filter: Callable[[str], bool] = lambda _: False,
@@ -94,7 +95,7 @@ class MergeStream:
         self._vector = vector
         self._what = what
         self._device = device
-        self._ahead = ahead
+        self._ahead_bytes = ahead_bytes
         if (masks is None) != (resolved.plan.masks is None):
             raise MergePlanError(
                 "merge plan",
@@ -125,7 +126,7 @@ class MergeStream:
             IncompleteMergeError: The source ended without a tensor that was to be merged.
         """
         started = time.perf_counter()
-        for name, merged in self._each_ahead(source) if self._ahead else self._each(source):
+        for name, merged in self._each_ahead(source) if self._ahead_bytes else self._each(source):
             yield name, merged
             self._on_tensor(name)
         self.report = self._finish(time.perf_counter() - started)
@@ -140,7 +141,8 @@ class MergeStream:
         self, source: Iterable[tuple[str, torch.Tensor]]
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """The same tensors in the same order; one thread, so that they are merged in it too."""
-        waiting: deque[tuple[str, Future[torch.Tensor]]] = deque()
+        waiting: deque[tuple[str, int, Future[torch.Tensor]]] = deque()
+        waiting_bytes = 0
         on_our_stream = self._stream_of_this_thread()
         with ThreadPoolExecutor(1, thread_name_prefix="enchtable-merge") as worker:
 
@@ -150,17 +152,19 @@ class MergeStream:
 
             try:
                 for name, stored in source:
-                    waiting.append((name, worker.submit(one, name, stored)))
-                    if len(waiting) > self._ahead:
-                        first, future = waiting.popleft()
+                    waiting.append((name, stored.nbytes, worker.submit(one, name, stored)))
+                    waiting_bytes += stored.nbytes
+                    while len(waiting) > 1 and waiting_bytes > self._ahead_bytes:
+                        first, size, future = waiting.popleft()
+                        waiting_bytes -= size
                         yield first, future.result()
                         del future
                 while waiting:
-                    first, future = waiting.popleft()
+                    first, _, future = waiting.popleft()
                     yield first, future.result()
                     del future
             finally:
-                for _, future in waiting:
+                for _, _, future in waiting:
                     future.cancel()
 
     def _stream_of_this_thread(self) -> Callable[[], AbstractContextManager[object]]:
@@ -201,6 +205,8 @@ class MergeStream:
             delta.values,
             coefficients,
             scales=delta.scales,
+            # The delta's memory is ours, and read no more after this.
+            out=delta.values if delta.values.dtype == stored.dtype else None,
             keep_bits=None if keep_bits is None else keep_bits.to(stored.device),
             rounding_key=_rounding_key(name) if self._rounding == "stochastic" else None,
         )

@@ -22,6 +22,9 @@ from enchtable_vllm.serving.prepare import Prepared, prepare
 _log = compat.logger("loader")
 _BAR = "{desc}: {percentage:3.0f}% Completed | {n_fmt}/{total_fmt} [{elapsed}<{remaining}]\n"
 
+#: Enough to keep a thread busy, little beside any tensor that makes a difference.
+_AHEAD_BYTES = 32 * 2**20
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -162,7 +165,7 @@ class EnchTableModelLoader(compat.BaseModelLoader):  # type: ignore[misc]  # vll
             what=prepared.checkpoint.what,
             # On the GPU that the weights go to; elsewhere each tensor is merged where it is.
             device=device if device.type == "cuda" else None,
-            ahead=int(compat.may_look_ahead(self._inner)),
+            ahead_bytes=_AHEAD_BYTES if compat.may_look_ahead(self._inner) else 0,
             masks=prepared.masks,
             rounding=self.config.rounding,
             may_filter=lambda name: compat.is_skipped_expert(self._inner, name),

@@ -17,7 +17,7 @@ class Addition:
     Attributes:
         stored: ``[count]``, bf16/fp16/fp32.
         delta: ``[count]``, bf16/fp16/fp32, or int8 with ``scales``.
-        out: ``[count]``, of stored's dtype; may be ``stored``.
+        out: ``[count]``, of stored's dtype; may be ``stored`` or ``delta``.
         coefficient: Rounded to fp32 before use.
         scales: ``[count / row_length · ceil(row_length / 64)]`` fp32, or None.
         row_length: Of the last axis; blocks of a scale do not cross its end.

@@ -34,8 +34,8 @@ def fused_add(
             stored. Bit ``i % 8`` of byte ``i // 8`` belongs to element ``i``.
         rounding_key: Round bf16 stochastically, with noise that is a pure function of this
             64-bit key and the element's index. None, and other dtypes: to nearest even.
-        out: Where to write; same shape and dtype as ``stored``, contiguous. May be
-            ``stored`` itself. New by default.
+        out: Where to write; same shape and dtype as ``stored``, contiguous. May be ``stored``
+            or ``delta`` itself. New by default.
 
     Returns:
         ``(out, sums)``; ``sums`` is a float64 ``[4]`` tensor for `Effect.from_tensor`, left on

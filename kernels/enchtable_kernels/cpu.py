@@ -21,7 +21,7 @@ from enchtable_kernels._addition import SCALE_BLOCK, Addition, scales_per_row
 
 _BLOCK = 2048
 #: Below this many elements a thread costs more than it gives.
-_LEAST_PER_THREAD = 65_536
+_LEAST_PER_THREAD = 2**19
 _BF16, _F16, _F32, _INT8 = range(4)
 _KINDS = {torch.bfloat16: _BF16, torch.float16: _F16, torch.float32: _F32, torch.int8: _INT8}
 _PATTERNS = {1: torch.int8, 2: torch.uint16, 4: torch.uint32}
