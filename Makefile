@@ -3,7 +3,7 @@ VENV ?= .venv
 READY := $(VENV)/.ready
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test test-gpu test-slow test-matrix supported lint types format bench bench-plan fuzz clean
+.PHONY: help setup demo test test-gpu test-slow test-matrix supported lint types format bench bench-plan bench-load fuzz clean
 help: ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /|/' | column -t -s '|'
 
@@ -24,6 +24,9 @@ test-gpu: $(READY) ## Run the tests that need a CUDA device.
 
 test-slow: $(READY) ## Run the tests that take minutes.
 	@$(BIN)/python -m pytest -m slow
+
+bench-load: $(READY) ## Measure weight loading against vLLM's plain loader.
+	@$(BIN)/python benchmarks/load.py
 
 fuzz: $(READY) ## Feed damaged inputs to every reader. FUZZ_SECONDS=36000 for a night.
 	@$(BIN)/python tests/fuzz/fuzzer.py --seconds $(or $(FUZZ_SECONDS),600) --seed $$(date +%s)

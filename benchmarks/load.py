@@ -1,9 +1,10 @@
 """Weight loading through ``--load-format enchtable`` against vLLM's plain ``auto``.
 
-In one vLLM process, interleaved: a fresh, empty model each time, then the loader's
-``load_weights``, which for us holds everything: opening and checking plan, vector and task
-model, reading and hashing the vector, merging. Correctness first: what is loaded must equal,
-bit for bit, what plain vLLM loads from the offline merge.
+In one vLLM process, interleaved: the loader's whole ``load_model`` each time, and within it
+``load_weights``, which is what vLLM logs as "Loading weights took"; for us it holds reading and
+hashing the vector, and merging. ``load_model`` holds besides, for both, making the empty model
+and packing its weights, and for us opening and checking plan, vector and task model. Correctness
+first: what is loaded must equal, bit for bit, what plain vLLM loads from the offline merge.
 
     python benchmarks/load.py [--model small|1b|both] [--rounds 9]
 
@@ -41,7 +42,7 @@ from enchtable_vllm.merge import merge_checkpoint
 from enchtable_vllm.plan import MergePlan, PlannedTensor, VectorReference, read_plan, resolve_plan
 from enchtable_vllm.vector import ModelReference, SafetyVector, build_vector
 
-STORED = ("bf16",)
+STORED = ("bf16", "int8")
 LLAMA_1B = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -198,20 +199,54 @@ def _in_vllm(case: Case, rounds: int) -> dict[str, Any]:
 
 
 def _measure(worker: Any, case: Case, rounds: int) -> dict[str, Any]:
-    seconds: dict[str, list[float]] = {name: [] for name in case.extras}
-    peaks: dict[str, list[float]] = {name: [] for name in case.extras}
     for name, folder in case.merged.items():
-        served = _load(worker, case.task, case.extras[name])[0]
-        expected = _load(worker, folder, None)[0]
-        if not _same(served, expected):
+        served = _loader(worker, case.task, case.extras[name])
+        expected = _loader(worker, folder, None)
+        if not _same(_weights(worker, *served), _weights(worker, *expected)):
             raise SystemExit(f"{name}: not the offline merge's bits: no speed is reported")
-        del served, expected
-    for _ in range(rounds):
+    found: dict[str, Any] = {name: {"weights": [], "model": [], "peak": []} for name in case.extras}
+    for round_ in range(rounds + 1):
         for name, extra in case.extras.items():
-            _, took, peak = _load(worker, case.task, extra)
-            seconds[name].append(took)
-            peaks[name].append(peak)
-    return {"seconds": seconds, "peaks": peaks}
+            timed = _load(worker, *_loader(worker, case.task, extra))
+            if round_:  # the first warms caches, allocators and the compiled loop
+                for what, value in timed.items():
+                    found[name][what].append(value)
+    return found
+
+
+def _loader(worker: Any, model: Path, extra: dict[str, str] | None) -> tuple[Any, Any]:
+    """A loader and the config of what it loads."""
+    from vllm.model_executor.model_loader import get_model_loader
+
+    load_config = dataclasses.replace(
+        worker.vllm_config.load_config,
+        load_format="auto" if extra is None else "enchtable",
+        model_loader_extra_config=extra or {},
+        use_tqdm_on_load=False,
+    )
+    model_config = copy.copy(worker.vllm_config.model_config)
+    model_config.model = str(model)
+    return get_model_loader(load_config), model_config
+
+
+@contextmanager
+def _configured(worker: Any) -> Iterator[Any]:
+    from vllm.config import set_current_vllm_config
+    from vllm.utils.torch_utils import set_default_torch_dtype
+
+    # Layers register by name, and refuse to do so twice.
+    worker.vllm_config.compilation_config.static_forward_context.clear()
+    gc.collect()
+    with set_current_vllm_config(worker.vllm_config), set_default_torch_dtype(torch.bfloat16):
+        yield worker.vllm_config
+
+
+def _weights(worker: Any, loader: Any, model_config: Any) -> torch.nn.Module:
+    """The loaded model before its weights are packed, so that they can be compared."""
+    with _configured(worker) as vllm_config:
+        module: torch.nn.Module = loader.create_model(vllm_config, model_config)
+        loader.load_weights(module, model_config)
+    return module
 
 
 def _same(one: torch.nn.Module, other: torch.nn.Module) -> bool:
@@ -219,34 +254,24 @@ def _same(one: torch.nn.Module, other: torch.nn.Module) -> bool:
     return all(torch.equal(mine, theirs[name]) for name, mine in one.named_parameters())
 
 
-def _load(
-    worker: Any, model: Path, extra: dict[str, str] | None
-) -> tuple[torch.nn.Module, float, float]:
-    """(The loaded model, seconds, peak of anonymous memory above the empty model's, bytes)."""
-    from vllm.config import set_current_vllm_config
-    from vllm.model_executor.model_loader import get_model_loader
-    from vllm.utils.torch_utils import set_default_torch_dtype
+def _load(worker: Any, loader: Any, model_config: Any) -> dict[str, float]:
+    """Seconds for weights and model, peak of anonymous memory while weights load, in bytes."""
+    found = {}
+    load_weights = loader.load_weights
 
-    vllm_config = worker.vllm_config
-    load_config = dataclasses.replace(
-        vllm_config.load_config,
-        load_format="auto" if extra is None else "enchtable",
-        model_loader_extra_config=extra or {},
-        use_tqdm_on_load=False,
-    )
-    model_config = copy.copy(vllm_config.model_config)
-    model_config.model = str(model)
-    loader = get_model_loader(load_config)
-    # Layers register by name, and refuse to do so twice.
-    vllm_config.compilation_config.static_forward_context.clear()
-    gc.collect()
-    with set_current_vllm_config(vllm_config), set_default_torch_dtype(torch.bfloat16):
-        module = loader.create_model(vllm_config, model_config)
+    def timed(*arguments: Any) -> None:
         with _peak_of_anonymous_memory() as peak:
             started = time.perf_counter()
-            loader.load_weights(module, model_config)
-            took = time.perf_counter() - started
-    return module, took, peak[0]
+            load_weights(*arguments)
+            found["weights"] = time.perf_counter() - started
+        found["peak"] = peak[0]
+
+    loader.load_weights = timed
+    with _configured(worker) as vllm_config:
+        started = time.perf_counter()
+        loader.load_model(vllm_config, model_config)
+        found["model"] = time.perf_counter() - started
+    return found
 
 
 @contextmanager
@@ -275,24 +300,30 @@ def _peak_of_anonymous_memory() -> Iterator[list[float]]:
 
 def _report(which: str, found: dict[str, Any]) -> None:
     device = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    floor = quantiles(found["seconds"]["auto"])[1]
-    plain_peak = max(found["peaks"]["auto"])
+    medians = {
+        name: {what: quantiles(values)[1] for what, values in timed.items()}
+        for name, timed in found.items()
+    }
+    plain = medians["auto"]
     rows: list[dict[str, object]] = []
-    for provider, values in found["seconds"].items():
-        p20, p50, p80 = quantiles(values)
-        peak = max(found["peaks"][provider])
+    for provider, timed in found.items():
+        mine, peak = medians[provider], max(timed["peak"])
         print(
-            f"{which:6} {provider:16} {p50:7.3f} s  {p50 / floor:5.2f}x auto   "
-            f"peak {peak / 2**20:8.1f} MiB, {(peak - plain_peak) / 2**20:+.1f} MiB"
+            f"{which:5} {provider:14} weights {mine['weights']:6.3f} s "
+            f"{mine['weights'] / plain['weights']:5.2f}x   model {mine['model']:6.3f} s "
+            f"{mine['model'] / plain['model']:5.2f}x   peak {peak / 2**20:7.1f} MiB "
+            f"{(peak - max(found['auto']['peak'])) / 2**20:+.1f}"
         )
-        rows.append(
-            {"op": "load_weights", "provider": provider, "shape": which, "dtype": "bf16",
-             "metric": "time", "unit": "s", "p20": p20, "p50": p50, "p80": p80, "n": len(values)}
-        )  # fmt: skip
-        rows.append(
-            {"op": "load_weights", "provider": provider, "shape": which, "dtype": "bf16",
-             "metric": "peak_memory", "unit": "B", "p50": peak, "n": len(values)}
-        )  # fmt: skip
+        for op, what, unit in (
+            ("load_weights", "weights", "s"), ("load_model", "model", "s"),
+            ("load_weights_peak", "peak", "B"),
+        ):  # fmt: skip
+            p20, p50, p80 = quantiles(timed[what])
+            rows.append(
+                {"op": op, "provider": provider, "shape": which, "dtype": "bf16",
+                 "metric": "memory" if unit == "B" else "time", "unit": unit,
+                 "p20": p20, "p50": p50, "p80": p80, "n": len(timed[what])}
+            )  # fmt: skip
     print(f"rows appended to {write('load', rows, device)}")
 
 
