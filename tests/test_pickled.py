@@ -61,7 +61,8 @@ def test_stored_anew_it_is_the_same_model_plan_and_merge(tied, tmp_path, store):
     expected = load_file(merged_offline(tied, tmp_path / "reference") / "model.safetensors")
     assert written.keys() == expected.keys()
     assert all(torch.equal(written[name], expected[name]) for name in expected)
-    assert list(Checkpoint(merged).tensors) == list(expected)  # its index is right
+    assert list(Checkpoint(merged).tensors) == list(expected)
+    assert (merged / "model.safetensors.index.json").exists() == (len(other.files) > 1)
 
 
 def test_the_merge_says_that_it_wrote_another_format(tied, tmp_path):

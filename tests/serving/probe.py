@@ -6,7 +6,6 @@ be loaded after one start. Usage: ``python probe.py '[{"model": ..., ...}, ...]'
 ``"may_fail"`` gives ``{"error": ...}`` when vLLM does not start with it; put it last.
 """
 
-import gc
 import hashlib
 import json
 import os
@@ -137,7 +136,6 @@ def run(setting):
         seen["reloaded"] = look(llm)
     del llm
     cleanup_dist_env_and_memory()
-    gc.collect()
     return seen
 
 

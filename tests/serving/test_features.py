@@ -6,11 +6,10 @@ import re
 import shutil
 
 import architectures
-import models
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from vllm_runs import ONE_PROCESS, changed, merged_offline, probe
+from vllm_runs import ONE_PROCESS, changed, probe
 
 OURS = {"load_format": "enchtable", "enforce_eager": True}
 PLAIN = {"enforce_eager": True}
@@ -114,15 +113,7 @@ REFUSED = {
 
 
 @pytest.fixture(scope="module")
-def experts(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("experts")
-    aligned = architectures.tiny("qwen3_moe", folder / "aligned")
-    family = models.make_family(aligned, folder, scope="attention+ffn")
-    return family, merged_offline(family, folder / "merged")
-
-
-@pytest.fixture(scope="module")
-def seen(family, merged, experts, tmp_path_factory):
+def seen(family, merged, tmp_path_factory):
     """All settings, after one start."""
     folder = tmp_path_factory.mktemp("features")
     lora = {
@@ -130,7 +121,6 @@ def seen(family, merged, experts, tmp_path_factory):
         "max_lora_rank": 8,
         "adapter": str(adapter(folder / "adapter", family.base)),
     }
-    online = {"quantization": "int8_per_channel_weight_only"}
     settings = {
         "offline": {"model": str(merged), **PLAIN},
         "adapter unmerged": {"model": str(family.task), **PLAIN, **lora},
@@ -144,9 +134,6 @@ def seen(family, merged, experts, tmp_path_factory):
                 "inner_extra_config": {"concurrency": 2},
             },
         },
-        "quantised unmerged": {"model": str(experts[0].task), **PLAIN, **online},
-        "quantised offline": {"model": str(experts[1]), **PLAIN, **online},
-        "quantised ours": {"model": str(experts[0].task), **OURS, **online},
     }
     for label, (change, extra, _) in REFUSED.items():
         model = shutil.copytree(family.task, folder / label.split()[0])
@@ -175,17 +162,6 @@ def test_with_an_adapter_base_and_adapter_answer_as_the_offline_merge_does(seen)
 @pytest.mark.supports("`runai_streamer` as the inner format")
 def test_run_ais_streamer_serves_the_same(seen):
     assert seen["streamer ours"]["first"] == seen["offline"]["first"]
-
-
-@pytest.mark.supports(
-    "online quantisation (`--quantization int8_per_channel_weight_only`, experts)"
-)
-def test_quantised_while_loading_it_is_the_quantised_offline_merge(seen):
-    ours, offline, unmerged = (
-        seen[f"quantised {which}"]["first"] for which in ("ours", "offline", "unmerged")
-    )
-    assert ours == offline
-    assert any("w13_weight" in name for name in changed(unmerged, offline))
 
 
 @pytest.mark.parametrize(
