@@ -76,7 +76,7 @@ REFUSED = {
     "GPTQ checkpoints": (
         in_config(
             quantization_config={
-                "quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False
+                "quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True
             }
         ),
         {},
