@@ -18,6 +18,7 @@ from enchtable_vllm.errors import (
     MismatchError,
 )
 from enchtable_vllm.plan import PlanOptions, compute_plan, read_plan, resolve_plan
+from enchtable_vllm.plan.resolve import norm_scale
 from enchtable_vllm.plan.summary import module_kind, summarize
 from enchtable_vllm.vector import SafetyVector, build_vector, in_scope
 
@@ -229,6 +230,12 @@ def test_a_vector_that_is_zero_and_a_beta_that_overflows_are_refused(family, dam
             edit_json(damaged.plan, "tensors", name, "safety_norm", value=0.0)
     with pytest.raises(MergePlanError, match="not zero"):
         resolved(damaged.plan)
+
+
+def test_a_norm_scale_that_vanishes_is_refused():
+    with pytest.raises(MergePlanError, match="neither tiny"):
+        norm_scale(5e-324, 1e-3, [1.0])
+    assert norm_scale(1.0, 1.0, [1e200, 1e200])[1] == pytest.approx(math.sqrt(2) * 1e200)
 
 
 def test_a_tensor_that_shrank_or_is_no_vocabulary_is_not_an_extension(damaged):

@@ -226,7 +226,9 @@ def left(folder: Path) -> list[Path]:
     A cache may keep its locks and its whole plans, and a plan that was interrupted, by a full
     disk too, the journal that it is resumed from.
     """
-    cached = {path for path in folder.glob("cache/plans/*") if path.suffix in (".lock", ".json")}
+    cached = {*folder.glob("cache/plans/*.lock")}
+    plans = folder.glob("cache/plans/*.json")
+    cached |= {p for p in plans if refusal(functools.partial(read_plan, p))[1] is not None}
     found = [p for p in folder.rglob("*") if p not in cached and p.suffix != ".journal"]
     return [p for p in found if not p.is_dir()]
 

@@ -169,13 +169,17 @@ def listen(path):
             os.chdir(here)
 
 
+#: Something else than a file: what it is → (makes it, how a refusal calls it).
 NO_FILES = {
-    "a FIFO": replaced_by(os.mkfifo),
-    "a directory": replaced_by(Path.mkdir),
-    "a device": replaced_by(lambda p: p.symlink_to("/dev/zero")),
-    "a socket": replaced_by(listen),
-    "a link to itself": replaced_by(lambda p: p.symlink_to(p.name)),
-    "a link to nothing": replaced_by(lambda p: p.symlink_to("gone")),
+    "a FIFO": (replaced_by(os.mkfifo), "a FIFO"),
+    "a directory": (replaced_by(Path.mkdir), "a directory"),
+    "a device": (
+        replaced_by(lambda p: p.symlink_to("/dev/zero")),
+        "a (device|link to '/dev/zero')",
+    ),
+    "a socket": (replaced_by(listen), "No such device or address"),
+    "a link to itself": (replaced_by(lambda p: p.symlink_to(p.name)), "symbolic links|to itself"),
+    "a link to nothing": (replaced_by(lambda p: p.symlink_to("gone")), "No such file"),
 }
 
 
@@ -193,10 +197,8 @@ def weight_files() -> Iterator[Damage]:
             yield _damage(artefact, f"cut {name}", on(cut(keep)), CORRUPT, proves=proves)
         for name, change in HEADERS.items() if everything else []:
             yield _damage(artefact, f"header: {name}", on(change), CORRUPT)
-        for name, change in NO_FILES.items():
-            outside = artefact == "vector" and name == "a device"
-            message = "a link to '/dev/zero'" if outside else "CheckpointError|SafetyVectorError"
-            yield _damage(artefact, f"weights are {name}", on(change), message)
+        for name, (change, word) in NO_FILES.items():
+            yield _damage(artefact, f"weights are {name}", on(change), word)
         if everything:
             yield from indexes(artefact, at)
 
@@ -279,8 +281,8 @@ def configs() -> Iterator[Damage]:
         yield _damage(
             artefact, "config: huge", on(lambda p: os.truncate(p, MAX_JSON_BYTES + 1)), bad
         )
-        for name, change in NO_FILES.items():
-            yield _damage(artefact, f"config is {name}", on(change), bad)
+        for name, (change, word) in NO_FILES.items():
+            yield _damage(artefact, f"config is {name}", on(change), f"{bad}.*({word})")
         for name, config in {
             "quantised": {"quantization_config": {"quant_method": "awq"}},
             "quantised, told elsewhere": {"text_config": {"quantization_config": {"x": 1}}},
@@ -489,8 +491,8 @@ def json_files() -> Iterator[Damage]:
         for key, value in (("format_version", 2), ("format_version", True), ("surprise", 1)):
             change = on(lambda p, key=key, value=value: put(p, [key], value))
             yield _damage(artefact, f"file: {key} is {value}", change, f"{bad}.*{key}")
-        for name, change in NO_FILES.items():
-            yield _damage(artefact, f"file is {name}", on(change), f"{kind}: ")
+        for name, (change, word) in NO_FILES.items():
+            yield _damage(artefact, f"file is {name}", on(change), f"{kind}: .*({word})")
 
 
 def vector_numbers() -> Iterator[Damage]:

@@ -70,7 +70,7 @@ def test_a_file_that_is_written_to_while_a_merge_streams(family, tmp_path, artef
             change(seeds.weights(getattr(family, artefact)))
 
     (tmp_path / "out").mkdir()
-    with pytest.raises(CheckpointError, match=r"written to|became shorter"):
+    with pytest.raises(CheckpointError, match="written to while it was read"):
         merge(family, tmp_path / "out" / "m", progress=interfere)
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -78,7 +78,7 @@ def test_a_file_that_is_written_to_while_a_merge_streams(family, tmp_path, artef
 def test_a_header_read_twice_is_the_same(family):
     checkpoint = Checkpoint(family.task)
     truncate(seeds.weights(family.task))
-    with pytest.raises(CheckpointError, match=r"written to|became shorter"):
+    with pytest.raises(CheckpointError, match="written to while it was read"):
         checkpoint.read(max(checkpoint.tensors))
 
 
@@ -131,6 +131,7 @@ UNREADABLE = {
     "weights": ("task", lambda f: seeds.weights(f.task)),
     "config": ("task", lambda f: f.task / "config.json"),
     "base": ("base", lambda f: f.base),
+    "everything": ("task", lambda f: f.task.parent),
 }
 
 
