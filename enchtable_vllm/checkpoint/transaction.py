@@ -7,15 +7,20 @@ file beside the target, held while writing, tells a killed run from a living one
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
 import stat
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
 from enchtable_vllm.errors import ConfigError
+
+#: What file systems answer that know no locks: two writers are not told apart there.
+_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
 
 
 class _Transaction:
@@ -84,8 +89,13 @@ class _Transaction:
                     got="another one that is at it",
                     fix="Wait for it, or choose another output.",
                 ) from error
-            if path.exists() and os.path.samestat(path.stat(), os.fstat(lock)):
-                return lock
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    os.close(lock)
+                    raise
+            with suppress(FileNotFoundError):
+                if os.path.samestat(path.stat(), os.fstat(lock)):
+                    return lock
             os.close(lock)  # its holder finished, and removed it, between the two calls
 
     def _release_lock(self) -> None:
