@@ -26,7 +26,7 @@ test-slow: $(READY) ## Run the tests that take minutes.
 	@$(BIN)/python -m pytest -m slow
 
 test-matrix: $(READY) ## Run the tests of serving on each vLLM of docs/versions.md. VERSIONS="..." KEEP=1
-	@$(BIN)/python deploy/cpu/matrix.py $(VERSIONS) $(if $(KEEP),--keep)
+	@$(BIN)/python deploy/cpu/matrix.py $(VERSIONS) $(if $(TESTS),--tests $(TESTS)) $(if $(KEEP),--keep)
 
 lint: $(READY) types ## Check style and types.
 	@$(BIN)/ruff check .
