@@ -35,7 +35,7 @@ supported: $(READY) ## Write README's table of what is supported out of the test
 	@$(BIN)/python tests/supported.py
 
 test-matrix: $(READY) ## Run the tests of serving on each vLLM of docs/versions.md. VERSIONS="..." KEEP=1
-	@$(BIN)/python deploy/cpu/matrix.py $(VERSIONS) $(if $(KEEP),--keep)
+	@$(BIN)/python deploy/cpu/matrix.py $(VERSIONS) $(if $(TESTS),--tests $(TESTS)) $(if $(KEEP),--keep)
 
 lint: $(READY) types ## Check style and types.
 	@$(BIN)/ruff check .

@@ -17,11 +17,10 @@ def table(tmp_path, monkeypatch):
     def write(*rows):
         entries = []
         for row in rows:
-            version, loader = row.split()
+            version, loader, *lacks = row.split()
             reason = f"lacks '{version}'" if loader == "failed" else ""
-            entries.append(
-                {**ROW, "vllm": version, "loader": loader, "tests": "x", "reason": reason}
-            )
+            own = {"vllm": version, "loader": loader, "swapping_lacks": lacks, "reason": reason}
+            entries.append({**ROW, **own, "tests": "x"})
         path = tmp_path / "tested.json"
         path.write_text(json.dumps(entries))
         monkeypatch.setattr(versions, "TESTED_FILE", path)
@@ -31,11 +30,21 @@ def table(tmp_path, monkeypatch):
     versions.tested_versions.cache_clear()
 
 
-def test_the_bound_stands_above_the_newest_failure(table):
+def test_the_bound_stands_above_the_failures_below_the_newest(table):
     table("0.9.2 passed", "0.10.0 failed", "0.11.0 passed", "0.20.0 passed")
     assert str(versions.lower_bound()) == "0.11.0"
     table("0.9.2 passed", "0.20.0 passed")
     assert str(versions.lower_bound()) == "0.9.2"
+    # A vLLM that breaks the loader does not take the older ones away.
+    table("0.10.0 failed", "0.11.0 passed", "0.20.0 passed", "0.33.0 failed")
+    assert str(versions.lower_bound()) == "0.11.0"
+    assert str(versions.newest_tested()) == "0.20.0"
+
+
+def test_swapping_has_a_bound_of_its_own(table):
+    table("0.24.0 passed endpoint_plugins", "0.26.0 passed", "0.28.0 passed")
+    assert str(versions.lower_bound()) == "0.24.0"
+    assert str(versions.swapping_bound()) == "0.26.0"
 
 
 @pytest.mark.parametrize(

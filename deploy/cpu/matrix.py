@@ -1,8 +1,8 @@
 """Runs the tests of serving on several versions of vLLM, really installed, and writes the table.
 
-``make test-matrix [VERSIONS="0.28.0 0.24.0"] [KEEP=1]``. Each version gets an environment of its
-own in ``.matrix/`` (about two minutes and three gigabytes; taken away afterwards), the tests in
-``tests/serving`` run in it as they are, and what came of it goes into
+``make test-matrix [VERSIONS="0.28.0 0.24.0"] [TESTS=PATH] [KEEP=1]``. Each version gets an
+environment of its own in ``.matrix/`` (about two minutes and three gigabytes; taken away
+afterwards), the tests in ``tests/serving`` run in it as they are, and what came of it goes into
 ``enchtable_vllm/serving/tested_versions.json`` and ``docs/versions.md``.
 """
 
@@ -25,6 +25,7 @@ from enchtable_vllm.serving.versions import (
     TESTED_FILE,
     TestedVersion,
     lower_bound,
+    swapping_bound,
     tested_versions,
 )
 
@@ -51,12 +52,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("versions", nargs="*", help="Default: all that the table has.")
     parser.add_argument("--keep", action="store_true", help="Leave the environments.")
+    parser.add_argument("--tests", default="tests/serving", help="A part of them, by path.")
     options = parser.parse_args()
     supported = {t.vllm for t in tested_versions() if t.passed}
     versions = options.versions or [t.vllm for t in tested_versions()]
     regressed = []
     for version in sorted(versions, key=Version, reverse=True):
-        result = run(version, keep=options.keep)
+        result = run(version, tests=options.tests, keep=options.keep)
         print(f"vLLM {version}: {result.loader} ({result.tests}) {result.reason}", flush=True)
         record(result)
         if version in supported and not result.passed:
@@ -65,7 +67,7 @@ def main() -> int:
     return bool(regressed)
 
 
-def run(version: str, *, keep: bool) -> TestedVersion:
+def run(version: str, *, tests: str, keep: bool) -> TestedVersion:
     """Install one version, run the tests on it."""
     environment = ENVIRONMENTS / version
     python = environment / "bin" / "python"
@@ -75,22 +77,22 @@ def run(version: str, *, keep: bool) -> TestedVersion:
         [str(python), "-c", FACTS], capture_output=True, text=True, check=True, cwd=ROOT
     )
     facts = json.loads(answer.stdout.splitlines()[-1])
-    tests, failure = test(python, ENVIRONMENTS / f"{version}.xml")
+    told, failure = test(python, tests, ENVIRONMENTS / f"{version}.xml")
     if not keep:
         shutil.rmtree(environment)
     return TestedVersion(
         vllm=version,
         loader="failed" if failure else "passed",
-        tests=tests,
+        tests=told,
         reason=facts.pop("reason", failure),
         date=datetime.now(UTC).date().isoformat(),
         **facts,
     )
 
 
-def test(python: Path, report: Path) -> tuple[str, str]:
+def test(python: Path, tests: str, report: Path) -> tuple[str, str]:
     """Run the tests of serving: how it ended, and the first failure ('': none)."""
-    command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/serving"]
+    command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", tests]
     with report.with_suffix(".log").open("w") as log:
         subprocess.run(
             [*command, f"--junitxml={report}"],
@@ -109,7 +111,7 @@ def test(python: Path, report: Path) -> tuple[str, str]:
     failures = [f"fails {name}: {said}" for name, kind, said in outcomes if kind == "failed"]
     if not counts["passed"]:
         failures.append("runs no test")
-    return "; ".join([told, *notes]), failures[0] if failures else ""
+    return "; ".join([f"{tests}: {told}", *notes]), failures[0] if failures else ""
 
 
 def outcome(case: ElementTree.Element) -> tuple[str, str]:
@@ -136,15 +138,17 @@ def table() -> str:
     lines = [
         "# Tested versions of vLLM",
         "",
-        f"The loader works from vLLM {lower_bound()} on; an older one is refused by name. There is",
-        "no upper pin: a newer vLLM is not refused, only not vouched for, and `enchtable doctor`",
-        "says so. Each row is a real run of `tests/serving` on the CPU build of that version:",
-        "weights bit-identical to the offline merge, eager and compiled, after reload, on two",
-        "ranks, and every refusal. *Swapping lacks*: what exchanging vectors in a running server,",
-        "which is not here yet, will need and that version does not have. A torch without `+cpu`",
-        "is PyPI's build for CUDA, on a machine without a GPU: there was no CPU build to be had.",
+        f"The loader works from vLLM {lower_bound()} on; an older one is refused by name",
+        "(`ENCHTABLE_ANY_VLLM=1` lets it try: that is how the bound is found). There is no upper",
+        "pin: a newer vLLM is not refused, only not vouched for, and `enchtable doctor` says so.",
         "",
-        "`ENCHTABLE_ANY_VLLM=1` lets the loader try an older one: that is how the bound is found.",
+        "Each row is a real run on the CPU build of that version, of the tests that it names.",
+        "`test_bit_identity.py`: weights bit-identical to the offline merge, eager and compiled,",
+        "after reload, on two ranks. `test_serve.py`: served over HTTP, and what is refused. A",
+        "torch without `+cpu` is PyPI's build for CUDA, on a machine without a GPU.",
+        "",
+        "*Swapping lacks*: what exchanging vectors in a running server, which is not here yet,",
+        f"will need and that version does not have. From vLLM {swapping_bound()} on: nothing.",
         "",
         "Written by `make test-matrix`, not by hand.",
         "",
@@ -152,7 +156,7 @@ def table() -> str:
         f"| {' | '.join('---' for _ in head)} |",
     ]
     for row in reversed(tested_versions()):
-        loader = f"{row.loader}: {row.tests}" + (f"; {row.reason}" if row.reason else "")
+        loader = "; ".join(filter(None, (row.loader, row.tests, row.reason)))
         lacks = ", ".join(f"`{name}`" for name in row.swapping_lacks)
         cells = [row.vllm, row.torch, row.triton, row.transformers, row.python, loader]
         cells += [lacks or ("not known" if not row.passed else "nothing"), row.date]

@@ -10,6 +10,8 @@ Needs neither torch nor vllm.
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Literal
@@ -70,16 +72,24 @@ def tested_versions() -> tuple[TestedVersion, ...]:
 
 def lower_bound() -> Version:
     """The oldest vLLM from which on every tested version passed."""
-    newest_failure = max(
-        (Version(t.vllm) for t in tested_versions() if not t.passed), default=Version("0")
-    )
-    passed = [Version(t.vllm) for t in tested_versions() if t.passed]
-    return min(found for found in passed if found > newest_failure)
+    return _oldest_of_run(lambda tested: tested.passed)
+
+
+def swapping_bound() -> Version:
+    """The oldest from which on nothing is lacking that swapping will need."""
+    return _oldest_of_run(lambda tested: tested.passed and not tested.swapping_lacks)
 
 
 def newest_tested() -> Version:
-    """The newest vLLM that was run."""
-    return max(Version(tested.vllm) for tested in tested_versions())
+    """The newest vLLM that the loader was seen to work on."""
+    return max(Version(tested.vllm) for tested in tested_versions() if tested.passed)
+
+
+def _oldest_of_run(fine: Callable[[TestedVersion], bool]) -> Version:
+    # From the newest that is fine downwards: a failure above it is no reason to refuse it.
+    rows = itertools.dropwhile(lambda row: not fine(row), reversed(tested_versions()))
+    *_, oldest = itertools.takewhile(fine, rows)
+    return Version(oldest.vllm)
 
 
 def installed_vllm() -> str | None:
