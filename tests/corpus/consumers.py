@@ -16,7 +16,7 @@ from unittest import mock
 
 import models
 import typer
-from corpus.damages import Damage
+from corpus.damage import Damage
 from models import Family
 from safetensors.torch import load_file
 

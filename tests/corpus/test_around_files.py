@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from corpus import consumers, seeds
-from corpus.damages import Damage
+from corpus.damage import Damage
 from models import copy_family
 from vllm_runs import environment
 

@@ -1,7 +1,7 @@
 """Every damage through every consumer: a clear refusal, and nothing left behind."""
 
 import pytest
-from corpus import consumers, damages
+from corpus import consumers, damaged_configs, damages
 from models import copy_family
 
 from enchtable_vllm.errors import ConfigError
@@ -24,7 +24,7 @@ def test_refused_by_every_consumer(small, tmp_path, damage):
 
 
 @pytest.mark.refuses("an unknown or ill-typed loader key")
-@pytest.mark.parametrize(("keys", "message"), damages.CONFIGS, ids=str)
+@pytest.mark.parametrize(("keys", "message"), damaged_configs.CONFIGS, ids=str)
 def test_bad_configuration_is_refused_before_anything_is_read(keys, message):
     with pytest.raises(ConfigError, match=message) as raised:
         LoaderConfig.parse(keys)
@@ -32,11 +32,11 @@ def test_bad_configuration_is_refused_before_anything_is_read(keys, message):
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("path", damages.PATHS)
+@pytest.mark.parametrize("path", damaged_configs.PATHS)
 @pytest.mark.parametrize("key", ["safety_vector", "merge_plan", "base_model"])
 def test_a_path_that_leads_nowhere(small, tmp_path, monkeypatch, key, path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    keys = {key: damages.PATHS[path](tmp_path)}
+    keys = {key: damaged_configs.PATHS[path](tmp_path)}
     if key == "base_model":
         keys["safety_vector"] = str(small.family.vector)
     model = str(small.family.task)

@@ -10,7 +10,7 @@ import re
 import models
 import pytest
 from corpus import seeds
-from corpus.damages import number_variants, put
+from corpus.damage import number_variants, put
 from safetensors.torch import load_file, save_file
 from vllm_runs import probe
 
