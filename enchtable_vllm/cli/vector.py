@@ -6,7 +6,6 @@ import math
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.markup import escape
 from rich.table import Table
@@ -137,30 +136,23 @@ def verify(vector: VectorArgument, as_json: JsonOption = False) -> None:
     """Check every byte against the manifest's digests, and every norm and value."""
     opened = SafetyVector.open(vector)
     names = list(opened.tensors)
-    norms = []
     with progress_bar("Verifying") as progress:
         for done, name in enumerate(names, 1):
-            norm = float(torch.linalg.vector_norm(opened.read(name).float(), dtype=torch.float64))
-            _check_norm(opened, f"tensor '{name}'", opened.tensors[name].norm, norm)
-            norms.append(norm)
+            opened.dense(name)
             progress(name, done, len(names))
-    total = math.sqrt(math.fsum(norm * norm for norm in norms))
-    _check_norm(opened, "total", opened.manifest.norm, total)
+    total = math.hypot(*(tensor.norm for tensor in opened.tensors.values()))
+    if not math.isclose(opened.manifest.norm, total, rel_tol=1e-6):
+        raise SafetyVectorError(
+            f"{opened.what}, total",
+            expected=f"norm {opened.manifest.norm}",
+            got=total,
+            fix="The manifest was edited: fetch or build the vector again.",
+        )
     verify_factors(opened)
     if as_json:
         print_json(_summary(opened) | {"verified": True})
     else:
         say(f"{len(names)} tensors verified: {opened.name} {opened.fingerprint}")
-
-
-def _check_norm(vector: SafetyVector, where: str, declared: float, found: float) -> None:
-    if not math.isclose(declared, found, rel_tol=1e-6):
-        raise SafetyVectorError(
-            f"{vector.what}, {where}",
-            expected=f"norm {declared}",
-            got=found,
-            fix="The manifest was edited: fetch or build the vector again.",
-        )
 
 
 def _read_recipe(path: Path | None) -> dict[str, object] | None:

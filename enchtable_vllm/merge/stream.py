@@ -6,6 +6,7 @@ offline merge all pull their tensors through here, so they cannot differ.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -23,11 +24,15 @@ from enchtable_vllm.errors import (
     MergePlanError,
     MismatchError,
     NonFiniteError,
+    SafetyVectorError,
     summarize_faults,
 )
 from enchtable_vllm.merge.report import MergeReport, Rounding
 from enchtable_vllm.plan import MergeMasks, ResolvedPlan
 from enchtable_vllm.vector import SafetyVector
+
+#: A norm of what is added, below which nothing is concluded from it.
+_MEASURABLE = 1e-10
 
 
 def check_rounding(rounding: Rounding, resolved: ResolvedPlan, task: Checkpoint) -> None:
@@ -239,6 +244,7 @@ class MergeStream:
                 got=summarize_faults(bad),
                 fix="Either the task model holds NaN or infinity, or beta is far too large.",
             )
+        self._check_norms(effects)
         report = MergeReport(
             self._resolved,
             effects,
@@ -257,6 +263,28 @@ class MergeStream:
                 "interference attenuates everything away.",
             )
         return report
+
+    def _check_norms(self, effects: dict[str, Effect]) -> None:
+        """What was added has the norm that the manifest promises; the sums tell, at no cost.
+
+        A stack's coefficients bound it from both sides, a mask only takes away from it.
+        """
+        faults = []
+        for name, effect in effects.items():
+            row, norm = self._resolved.coefficients[name], self._vector.tensors[name].norm
+            least = 0.0 if self._masks else min(row) * norm
+            most = max(row) * norm
+            added = math.sqrt(effect.intended_sq)
+            # Squares of far smaller numbers vanish in fp32, and so does what is added.
+            if most > _MEASURABLE and not least * 0.999 <= added <= most * 1.001:
+                faults.append(f"'{name}' has {added / max(row):.6g} where it says {norm:.6g}")
+        if faults:
+            raise SafetyVectorError(
+                self._vector.what,
+                expected="norms as the manifest says",
+                got=summarize_faults(faults),
+                fix="The manifest was edited: fetch or build the vector again.",
+            )
 
     def _blame_the_vector(self, effects: dict[str, Effect]) -> None:
         """Read again what was not finite, to tell a bad vector from a bad task model or β."""

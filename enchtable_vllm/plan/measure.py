@@ -90,8 +90,7 @@ class Measurement:
         return Measured(digest, delta_norm, base_norm, is_matrix, foreign, terms)
 
     def _terms(self, name: str, delta: torch.Tensor) -> Terms:
-        safety = self.vector.read(name).float()
-        norm = finite_norm(safety, f"{self.vector.what}, tensor '{name}'")
+        safety, norm = self.vector.dense(name)
         if delta.ndim < 2:
             return Terms(norm, (0.0,), (0.0,), ())
         cached = None if self.factors is None else self.factors.read(name)

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from enchtable_vllm.checkpoint import Checkpoint, Location, locate, tensor_digest
 from enchtable_vllm.checkpoint.files import is_there, read_json, refuse_link_out
 from enchtable_vllm.checkpoint.fingerprint import content_fingerprint
+from enchtable_vllm.checkpoint.norm import finite_norm
 from enchtable_vllm.errors import SafetyVectorError, summarize_faults
 from enchtable_vllm.vector.delta import Delta
 from enchtable_vllm.vector.format import (
@@ -100,6 +101,27 @@ class SafetyVector:
                 fix="Build it again with 'enchtable vector build'.",
             )
         return Delta(values, *scales)
+
+    def dense(self, name: str) -> tuple[torch.Tensor, float]:
+        """A delta's values in fp32, and their norm: finite, and what the manifest says.
+
+        Raises:
+            SafetyVectorError: As `read`, or the norm is another.
+            NonFiniteError: It holds NaN or infinity.
+        """
+        values = self.read(name).float()
+        norm, declared = (
+            finite_norm(values, f"{self.what}, tensor '{name}'"),
+            self.tensors[name].norm,
+        )
+        if not math.isclose(norm, declared, rel_tol=1e-6):
+            raise SafetyVectorError(
+                f"{self.what}, tensor '{name}'",
+                expected=f"norm {declared}",
+                got=norm,
+                fix="The manifest was edited: fetch or build the vector again.",
+            )
+        return values, norm
 
     def _verified(self, stored: StoredTensor) -> torch.Tensor:
         tensor = self._files.read(stored.name)

@@ -22,7 +22,6 @@ from safetensors.torch import load_file
 
 from enchtable_vllm import cli
 from enchtable_vllm.checkpoint import Location, combine_digests, locate, tensor_digest
-from enchtable_vllm.checkpoint.norm import finite_norm
 from enchtable_vllm.errors import EnchTableError
 from enchtable_vllm.merge import MergeStream, merge_checkpoint
 from enchtable_vllm.plan import read_plan, resolve_plan
@@ -83,10 +82,9 @@ def refusal(run: Callable[[], object]) -> tuple[str | None, object]:
 
 
 def read_vector(family: Family, _: Path | None = None) -> object:
-    """As planning reads: whether a delta is finite shows in its norm."""
+    """As planning reads."""
     vector = SafetyVector.open(family.vector)
-    deltas = {name: vector.read(name).float() for name in vector.tensors}
-    return {n: (tensor_digest(t), finite_norm(t, f"tensor '{n}'")) for n, t in deltas.items()}
+    return {name: tensor_digest(vector.dense(name)[0]) for name in vector.tensors}
 
 
 def compute_plan(family: Family, _: Path) -> object:
