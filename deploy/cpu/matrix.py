@@ -150,7 +150,7 @@ def table() -> str:
         "*Swapping lacks*: what exchanging vectors in a running server, which is not here yet,",
         f"will need and that version does not have. From vLLM {swapping_bound()} on: nothing.",
         "",
-        "Written by `make test-matrix`, not by hand.",
+        "`make test-matrix VERSIONS=...` runs a version again and writes this file.",
         "",
         f"| {' | '.join(head)} |",
         f"| {' | '.join('---' for _ in head)} |",

@@ -131,7 +131,7 @@ def why_too_old(installed: str) -> str:
     release = Version(Version(installed).base_version)
     failed = [t for t in tested_versions() if not t.passed]
     nearest = next((t for t in failed if Version(t.vllm) >= release), None)
-    return f"vLLM {nearest.vllm} {nearest.reason}" if nearest else "it was never tested"
+    return f"vLLM {nearest.vllm} {nearest.reason}" if nearest else "no version so old was tested"
 
 
 def refuse_old(installed: str | None, *, cause: Exception | None = None) -> None:

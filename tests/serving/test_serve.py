@@ -51,6 +51,8 @@ def refused(model, *arguments):
 
 def last_word(output):
     """What stands after everything that vLLM printed."""
+    # Some versions of vLLM put the process before each line.
+    output = re.sub(r"^\(APIServer pid=\d+\) ", "", output, flags=re.MULTILINE)
     _, found, message = output.rpartition("\nenchtable refused to serve this model.\n")
     assert found, output[-3000:]
     assert "Traceback" not in message
