@@ -1,7 +1,7 @@
 """Every architecture and way of storing a checkpoint: what is served is the offline merge.
 
-A new one is a line in `CASES`. All run after one start of vLLM, and for each it is shown that the
-probe sees the merge: the digests differ in the merged tensors, and in no other.
+A new one is a line in `MODELS` or `FILES`. All run after one start of vLLM. For each model it is
+shown that the probe sees the merge: the digests differ in the merged tensors, and in no other.
 """
 
 import re
@@ -33,7 +33,6 @@ class Case:
         names: The aligned model's, where the whole family has other tensor names.
         store: How base and task model are stored.
         extend: What the task model has besides.
-        served_with: Further settings of the server.
     """
 
     model_type: str
@@ -42,12 +41,12 @@ class Case:
     names: Callable = as_is
     store: Callable = as_is
     extend: Callable = as_is
-    served_with: dict = field(default_factory=dict)
 
 
 SHARDED = {"max_shard_size": "300KB"}
 TIED = {"tie_word_embeddings": True}
-CASES = {
+#: Each is also served unmerged, to show that the probe tells the difference.
+MODELS = {
     "Llama, untied": Case("llama", "all"),
     "Llama, tied": Case("llama", "all", TIED),
     "Qwen2 (biases)": Case("qwen2", "all"),
@@ -57,13 +56,16 @@ CASES = {
     "Qwen3-MoE (experts and router)": Case("qwen3_moe", "attention+ffn"),
     "Mixtral (experts and router)": Case("mixtral", "ffn"),
     "Granite-MoE (experts stored as 3-D stacks)": Case("granitemoe", "all"),
-    "sharded safetensors": Case("llama", "attention+ffn", SHARDED),
-    "`pytorch_model.bin`": Case("gemma3_text", "all", store=architectures.pickled),
-    "sharded `.bin`": Case("llama", "all", store=partial(architectures.pickled, shards=2)),
     "a tied head stored a second time": Case(
         "llama", "all", TIED, store=architectures.with_repeated_head
     ),
     "an extended vocabulary": Case("qwen2", "all", extend=architectures.with_added_tokens),
+}
+#: The same models in other files.
+FILES = {
+    "sharded safetensors": Case("llama", "attention+ffn", SHARDED),
+    "`pytorch_model.bin`": Case("gemma3_text", "all", store=architectures.pickled),
+    "sharded `.bin`": Case("llama", "all", store=partial(architectures.pickled, shards=2)),
     "`consolidated.safetensors` beside `model-*.safetensors`": Case(
         "mistral", "attention", SHARDED, store=architectures.consolidated
     ),
@@ -71,6 +73,7 @@ CASES = {
         "mistral", "attention+ffn", names=architectures.only_consolidated
     ),
 }
+CASES = MODELS | FILES
 #: From a checkpoint's names to those of the parameters that vLLM packs them into.
 _EXPERTS = ".experts.routed_experts."
 _PACKED = [
@@ -109,38 +112,32 @@ def families(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def served(families, tmp_path_factory):
-    """What is served of each: unmerged, merged offline, merged while loading."""
+    """What is served of each: merged offline, merged while loading, unmerged."""
     folder = tmp_path_factory.mktemp("merged")
-    settings = []
+    settings = {}
     for i, (label, family) in enumerate(families.items()):
-        more = {"enforce_eager": True, **CASES[label].served_with}
         merged = merged_offline(family, folder / str(i))
-        settings += [
-            {"model": str(family.task), "weights_only": True, **more},
-            {"model": str(merged), **more},
-            {"model": str(family.task), "load_format": "enchtable", **more},
-        ]
-    results, _ = probe(settings, **ONE_PROCESS)
-    seen = [result["first"] for result in results]
-    return dict(zip(CASES, zip(seen[::3], seen[1::3], seen[2::3], strict=True), strict=True))
+        task = {"model": str(family.task), "enforce_eager": True}
+        settings[label, "offline"] = {"model": str(merged), "enforce_eager": True}
+        settings[label, "ours"] = {**task, "load_format": "enchtable"}
+        if label in MODELS:
+            settings[label, "unmerged"] = {**task, "weights_only": True}
+    results, _ = probe(list(settings.values()), **ONE_PROCESS)
+    return {which: result["first"] for which, result in zip(settings, results, strict=True)}
 
 
-EACH = pytest.mark.parametrize(
+@pytest.mark.parametrize(
     "label", [pytest.param(label, marks=pytest.mark.supports(label)) for label in CASES]
 )
-
-
-@EACH
 def test_served_is_the_offline_merge(served, label):
-    _, offline, ours = served[label]
-    assert ours == offline
+    assert served[label, "ours"] == served[label, "offline"]
 
 
-@EACH
+@pytest.mark.parametrize("label", MODELS)
 def test_the_probe_sees_the_merge_and_nothing_else(served, families, label):
-    unmerged, offline, _ = served[label]
     plan, _ = read_plan(families[label].plan)
-    assert changed(unmerged, offline) == {packed(name) for name in plan.merged}
+    expected = {packed(name) for name in plan.merged}
+    assert changed(served[label, "unmerged"], served[label, "offline"]) == expected
 
 
 def test_all_that_a_scope_means_is_merged(families):

@@ -23,6 +23,7 @@ def experts(tmp_path_factory):
     return family, merged_offline(family, folder / "merged")
 
 
+@pytest.mark.slow
 @pytest.mark.supports("expert parallelism (`--enable-expert-parallel`, two ranks; loading)")
 def test_each_rank_holds_the_offline_merge_of_its_own_experts(experts):
     """With vLLM's filter, which leaves other ranks' experts unread, and without it.
@@ -41,20 +42,19 @@ def test_each_rank_holds_the_offline_merge_of_its_own_experts(experts):
     settings = [
         {"model": str(merged), **spread},
         ours,
-        {**ours, "enable_ep_weight_filter": True, "reload": True},
+        {**ours, "enable_ep_weight_filter": True},
     ]
     (offline, plain, filtered), printed = probe(settings, **TWO_CORES)
     assert len(offline["first"]["weights"]) == 2
     assert plain["first"] == offline["first"]
     assert filtered["first"] == offline["first"]
-    assert filtered["reloaded"] == offline["first"]
     first, second = offline["first"]["weights"]
     assert any(
         "w13_weight" in name for name in changed({"weights": [first]}, {"weights": [second]})
     )
     counts = re.findall(r"(\d+) merged, \d+ kept, (\d+) filtered", printed)
     # Of 34 tensors, 24 are experts' and each rank has half of them.
-    assert sorted(counts) == sorted([("34", "0")] * 2 + [("22", "12")] * 4)
+    assert sorted(counts) == sorted([("34", "0")] * 2 + [("22", "12")] * 2)
 
 
 @pytest.mark.slow
