@@ -47,7 +47,7 @@ def test_its_commands_run_as_they_stand(folders):
 
 
 def test_what_it_serves_with_exists():
-    """What cannot run here is at least what vLLM offers."""
+    """What was not run is at least what vLLM offers."""
     (serve,) = [shlex.split(line) for line in LINES if line.startswith("vllm serve ")]
     options = dict(zip(serve[3::2], serve[4::2], strict=True))
     assert options["--load-format"] == "enchtable"
@@ -55,3 +55,9 @@ def test_what_it_serves_with_exists():
     named = set(re.findall(r"`(\w*(?:fp8|fp4|int8)\w*)`", GUIDE))
     assert options["--quantization"] in OFFERED
     assert named <= set(OFFERED)
+
+
+def test_what_it_says_was_run_is_run():
+    features = (Path(__file__).parent / "serving" / "test_features.py").read_text()
+    (ran,) = re.findall(r"\*What was run:\* `(\w+)`", GUIDE)
+    assert f'"quantization": "{ran}"' in features

@@ -13,6 +13,7 @@ from vllm_runs import ONE_PROCESS, changed, probe
 
 OURS = {"load_format": "enchtable", "enforce_eager": True}
 PLAIN = {"enforce_eager": True}
+ONLINE = {"quantization": "fp8_per_channel"}
 
 
 def adapter(folder, model, rank=8):
@@ -126,6 +127,9 @@ def seen(family, merged, tmp_path_factory):
         "adapter unmerged": {"model": str(family.task), **PLAIN, **lora},
         "adapter offline": {"model": str(merged), **PLAIN, **lora},
         "adapter ours": {"model": str(family.task), **OURS, **lora},
+        "quantised unmerged": {"model": str(family.task), "weights_only": True, **PLAIN, **ONLINE},
+        "quantised offline": {"model": str(merged), **PLAIN, **ONLINE},
+        "quantised ours": {"model": str(family.task), **OURS, **ONLINE},
         "streamer ours": {
             "model": str(family.task),
             **OURS,
@@ -157,6 +161,17 @@ def test_with_an_adapter_base_and_adapter_answer_as_the_offline_merge_does(seen)
     assert ours["adapter"]["tokens"] != ours["tokens"]  # the adapter does something
     assert ours["adapter"]["logprobs"] != unmerged["adapter"]["logprobs"]
     assert changed(unmerged, offline)
+
+
+@pytest.mark.supports("online quantisation (`--quantization fp8_per_channel`)")
+def test_quantised_while_loading_it_is_the_quantised_offline_merge(seen):
+    ours, offline, unmerged = (
+        seen[f"quantised {which}"]["first"] for which in ("ours", "offline", "unmerged")
+    )
+    assert ours == offline
+    differ = changed(unmerged, offline)
+    assert {name.rpartition(".")[2] for name in differ} == {"weight", "weight_scale"}
+    assert all("self_attn" in name for name in differ)
 
 
 @pytest.mark.supports("`runai_streamer` as the inner format")
