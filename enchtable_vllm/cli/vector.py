@@ -12,6 +12,7 @@ from rich.table import Table
 
 from enchtable_vllm.checkpoint import locate, short
 from enchtable_vllm.checkpoint.files import read_json
+from enchtable_vllm.checkpoint.safetensors_file import stored_bytes
 from enchtable_vllm.cli.options import DeviceOption, JobsOption, check_device
 from enchtable_vllm.cli.output import out, print_json, progress_bar, say, warn
 from enchtable_vllm.errors import ConfigError, SafetyVectorError
@@ -27,7 +28,6 @@ VectorArgument = Annotated[str, typer.Argument(help="Folder, or Hub id[@revision
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 RankFraction = Annotated[float, typer.Option(help="γ of the plans that will use the factors.")]
 ShardGigabytes = Annotated[float, typer.Option(help="Larger files are sharded.", min=1e-6)]
-_BYTES = {"BF16": 2, "F32": 4}
 
 
 @app.command()
@@ -181,7 +181,7 @@ def _summary(vector: SafetyVector) -> dict[str, object]:
         "scope": manifest.scope,
         "tensors": len(manifest.tensors),
         "bytes": sum(
-            math.prod(held.shape) * _BYTES[held.dtype]
+            stored_bytes(held.dtype, held.shape) or 0
             for name, tensor in manifest.tensors.items()
             for held in tensor.stored(name)
         ),
