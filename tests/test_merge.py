@@ -18,6 +18,7 @@ from enchtable_vllm.errors import (
     NonFiniteError,
 )
 from enchtable_vllm.merge import MergeStream, merge_checkpoint
+from enchtable_vllm.merge import stream as merge_stream
 from enchtable_vllm.plan import read_plan, resolve_plan
 from enchtable_vllm.vector import SafetyVector, build_vector
 
@@ -219,7 +220,9 @@ def test_stochastic_rounding_of_fp16_is_refused_before_anything_is_written(famil
 
 
 @pytest.mark.parametrize("ahead", [1, 300_000, 10**9])
-def test_running_ahead_changes_nothing_but_the_time(family, ahead):
+@pytest.mark.parametrize("worth", [1, 100_000, 10**9])
+def test_running_ahead_changes_nothing_but_the_time(family, monkeypatch, ahead, worth):
+    monkeypatch.setattr(merge_stream, "_WORTH_A_THREAD", worth)
     expected, _ = stream(family, stored(family), digest_merged=True)
     vector, resolved = inputs(family)
     seen = []
@@ -237,13 +240,16 @@ def test_running_ahead_changes_nothing_but_the_time(family, ahead):
     assert pass_.report.kept == 13
 
 
-def test_running_ahead_holds_one_tensor_more_and_stops_at_the_first_failure(family):
+def test_running_ahead_keeps_to_its_bytes_and_stops_at_the_first_failure(family, monkeypatch):
+    monkeypatch.setattr(merge_stream, "_WORTH_A_THREAD", 1)
     vector, resolved = inputs(family)
-    source = Counted(stored(family))
-    pass_ = MergeStream(resolved, vector, what="task model", ahead_bytes=1)
+    tensors = stored(family)
+    source = Counted(tensors)
+    pass_ = MergeStream(resolved, vector, what="task model", ahead_bytes=400_000)
     for i, _ in enumerate(pass_.merge(source), 1):
-        assert source.taken <= i + 1
-    bad = [(n, t[:4] if n == Q else t) for n, t in stored(family)]
+        ahead = sum(t.nbytes for _, t in tensors[i : source.taken])
+        assert ahead <= 400_000 + max(t.nbytes for _, t in tensors)
+    bad = [(n, t[:4] if n == Q else t) for n, t in tensors]
     source = Counted(bad)
     before = threading.active_count()
     with pytest.raises(MismatchError, match=r"\[4, 256\]"):

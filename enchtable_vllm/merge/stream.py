@@ -31,6 +31,8 @@ from enchtable_vllm.merge.report import MergeReport, Rounding
 from enchtable_vllm.plan import MergeMasks, ResolvedPlan
 from enchtable_vllm.vector import SafetyVector
 
+#: Below this, handing a tensor to a thread and back costs more than the thread gives.
+_WORTH_A_THREAD = 2**20
 #: A norm of what is added, below which nothing is concluded from it.
 _MEASURABLE = 1e-10
 
@@ -66,9 +68,8 @@ class MergeStream:
         device: Where merging happens. A tensor that is elsewhere is moved there; None merges
             each tensor where it is.
         ahead_bytes: How far a thread of ours may be ahead of the consumer, in bytes of the
-            source; at least one tensor, or with 0 none. Reading, hashing and adding then overlap
-            with what the consumer does. Only for a source whose tensors stay valid while it
-            goes on.
+            source; 0 makes none. Reading, hashing and adding of large tensors then overlap with
+            what the consumer does. Only for a source whose tensors stay valid while it goes on.
         may_filter: Whether the source may leave a planned tensor out (other ranks' experts).
         masks: Of the plan, if it has any.
         rounding: ``stochastic`` rounds bf16 up or down at random, with noise that depends on the
@@ -115,6 +116,7 @@ class MergeStream:
         self._verify_content = verify_content
         self._digests: dict[str, str] | None = {} if digest_merged else None
         self._on_tensor = on_tensor
+        self._seen: set[str] = set()
         self._sums: dict[str, torch.Tensor] = {}
         self._kept: set[str] = set()
         #: Set when the stream has ended and everything planned was merged.
@@ -140,12 +142,13 @@ class MergeStream:
         self, source: Iterable[tuple[str, torch.Tensor]]
     ) -> Iterator[tuple[str, torch.Tensor]]:
         for name, stored in source:
+            self._refuse_repeated(name)
             yield name, self._one(name, stored)
 
     def _each_ahead(
         self, source: Iterable[tuple[str, torch.Tensor]]
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """The same tensors in the same order; one thread, so that they are merged in it too."""
+        """The same tensors in the same order; what is worth it is merged by one thread of ours."""
         waiting: deque[tuple[str, int, Future[torch.Tensor]]] = deque()
         waiting_bytes = 0
         on_our_stream = self._stream_of_this_thread()
@@ -157,13 +160,21 @@ class MergeStream:
 
             try:
                 for name, stored in source:
-                    waiting.append((name, stored.nbytes, worker.submit(one, name, stored)))
+                    self._refuse_repeated(name)
+                    if name in self._resolved.coefficients and stored.nbytes >= _WORTH_A_THREAD:
+                        future = worker.submit(one, name, stored)
+                    else:
+                        future = Future()
+                        future.set_result(self._one(name, stored))
+                    waiting.append((name, stored.nbytes, future))
                     waiting_bytes += stored.nbytes
-                    while len(waiting) > 1 and waiting_bytes > self._ahead_bytes:
+                    while waiting[0][2].done() or waiting_bytes > self._ahead_bytes:
                         first, size, future = waiting.popleft()
                         waiting_bytes -= size
                         yield first, future.result()
                         del future
+                        if not waiting:
+                            break
                 while waiting:
                     first, _, future = waiting.popleft()
                     yield first, future.result()
@@ -171,6 +182,11 @@ class MergeStream:
             finally:
                 for _, _, future in waiting:
                     future.cancel()
+
+    def _refuse_repeated(self, name: str) -> None:
+        if name in self._seen:
+            raise self._mismatch(name, "each tensor once", "it a second time")
+        self._seen.add(name)
 
     def _stream_of_this_thread(self) -> Callable[[], AbstractContextManager[object]]:
         """The consumer's CUDA stream: work of another thread would not be ordered with it."""
@@ -180,8 +196,6 @@ class MergeStream:
         return lambda: torch.cuda.stream(stream)
 
     def _one(self, name: str, stored: torch.Tensor) -> torch.Tensor:
-        if name in self._sums or name in self._kept:
-            raise self._mismatch(name, "each tensor once", "it a second time")
         planned = self._resolved.plan.tensors.get(name)
         if self._verify_content and planned is not None:
             digest = tensor_digest(stored)
