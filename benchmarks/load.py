@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import ctypes
 import dataclasses
 import gc
 import json
@@ -248,6 +249,7 @@ def _configured(worker: Any) -> Iterator[Any]:
     # Layers register by name, and refuse to do so twice.
     worker.vllm_config.compilation_config.static_forward_context.clear()
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what glibc keeps for later would hide in the next peak
     with set_current_vllm_config(worker.vllm_config), set_default_torch_dtype(torch.bfloat16):
         yield worker.vllm_config
 
