@@ -28,7 +28,8 @@ def test_the_shortest_form_serves_over_http(real_family, small_model, tmp_path):
         (line,) = server.lines("safety vector merged: ")
     assert answer
     assert re.search(
-        r"120 merged, 152 kept, 0 filtered; retained share \d\.\d{3}, cosine \d\.\d{3}; "
+        r"120 merged, 152 kept, 0 filtered; retained share \d\.\d{3}, cosine \d\.\d{3}, "
+        r"relative error \d\.\d{3}; "
         r"vector 'safety-vector' [0-9a-f]{12}, plan [0-9a-f]{12}, beta 0\.5, scope attention; "
         r"\d+\.\d\d s",
         line,
