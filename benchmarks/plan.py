@@ -67,7 +67,8 @@ def delta(shape: tuple[int, int], spectrum: str, generator: torch.Generator) -> 
         return noise
     rank = min(shape) // 8
     left = torch.randn((rows, rank), generator=generator) * torch.logspace(0, -2, rank)
-    return noise + 0.02 * (left @ torch.randn((rank, columns), generator=generator))
+    strong = 0.02 * (left @ torch.randn((rank, columns), generator=generator))
+    return (noise + strong) * 0.1  # a fine-tune's size beside weights of 0.05
 
 
 def check(what: str, found: float, task: torch.Tensor, safety: torch.Tensor, n: float) -> None:
