@@ -38,6 +38,22 @@ def quantiles(values: list[float]) -> tuple[float, float, float]:
     return cuts[0], statistics.median(values), cuts[3]
 
 
+def row(
+    op: str,
+    provider: str,
+    shape: object,
+    dtype: str,
+    values: list[float],
+    *,
+    metric: str = "time",
+    unit: str = "s",
+) -> dict[str, object]:
+    """A row of results: what was measured, and its quantiles."""
+    p20, p50, p80 = quantiles(values)
+    what = (op, provider, shape, dtype, metric, unit, p20, p50, p80, len(values))
+    return dict(zip(FIELDS, what, strict=True))
+
+
 def write(name: str, rows: list[dict[str, object]], device: str) -> Path:
     """Append rows with their provenance to ``results/{name}.csv``."""
     RESULTS.mkdir(exist_ok=True)

@@ -12,7 +12,7 @@ import argparse
 import platform
 
 import torch
-from _harness import interleaved, quantiles, write
+from _harness import interleaved, quantiles, row, write
 
 from enchtable_kernels import fused_add
 from enchtable_kernels._addition import Addition
@@ -59,23 +59,10 @@ def main() -> None:
     floor = quantiles(seconds["memcpy"])[1]
     rows: list[dict[str, object]] = []
     for provider, values in seconds.items():
-        p20, p50, p80 = quantiles(values)
+        p50 = quantiles(values)[1]
         speed = 6 * options.elements / p50 / 1e9
         print(f"{provider:16} {p50 * 1e3:8.2f} ms  {speed:8.1f} GB/s  {p50 / floor:6.2f}x memcpy")
-        rows.append(
-            {
-                "op": "fused_add",
-                "provider": provider,
-                "shape": options.elements,
-                "dtype": "bf16",
-                "metric": "time",
-                "unit": "s",
-                "p20": p20,
-                "p50": p50,
-                "p80": p80,
-                "n": len(values),
-            }
-        )
+        rows.append(row("fused_add", provider, options.elements, "bf16", values))
     print(f"rows appended to {write('fused_add', rows, name + threads)}")
 
 

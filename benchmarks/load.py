@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _harness import quantiles, write
+from _harness import quantiles, row, write
 from safetensors.torch import save_file
 
 from enchtable_vllm.checkpoint import Checkpoint, Location, tensor_digest
@@ -162,7 +162,7 @@ def _random_vector(task: Path, folder: Path, stored: str) -> Path:
             weight = weight.float() + torch.randn(weight.shape, generator=generator) * 1e-3
         tensors[name] = weight
     save_file(tensors, surrogate / "model.safetensors", metadata={"format": "pt"})
-    build_vector(Location(task), Location(surrogate), folder, dtype=stored)  # type: ignore[arg-type]
+    build_vector(Location(task), Location(surrogate), folder, dtype=stored)
     return folder
 
 
@@ -327,16 +327,10 @@ def _report(which: str, found: dict[str, Any]) -> None:
             f"{mine['model'] / plain['model']:5.2f}x   peak {peak / 2**20:7.1f} MiB "
             f"{(peak - max(found['auto']['peak'])) / 2**20:+.1f}"
         )
-        for op, what, unit in (
-            ("load_weights", "weights", "s"), ("load_model", "model", "s"),
-            ("load_weights_peak", "peak", "B"),
-        ):  # fmt: skip
-            p20, p50, p80 = quantiles(timed[what])
-            rows.append(
-                {"op": op, "provider": provider, "shape": which, "dtype": "bf16",
-                 "metric": "memory" if unit == "B" else "time", "unit": unit,
-                 "p20": p20, "p50": p50, "p80": p80, "n": len(timed[what])}
-            )  # fmt: skip
+        key = (provider, which, "bf16")
+        rows.append(row("load_weights", *key, timed["weights"]))
+        rows.append(row("load_model", *key, timed["model"]))
+        rows.append(row("load_weights_peak", *key, timed["peak"], metric="memory", unit="B"))
     print(f"rows appended to {write('load', rows, device)}")
 
 

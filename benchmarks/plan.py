@@ -27,7 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from _harness import interleaved, quantiles, write
+from _harness import interleaved, quantiles, row, write
 from safetensors.torch import save_file
 
 from enchtable_vllm.checkpoint import Checkpoint, local, locate
@@ -253,21 +253,7 @@ def main() -> None:
             line += f"{middle[name]:10.4f}{middle[PEER] / middle[name]:7.1f}x"
         print(line)
         for name, values in seconds.items():
-            p20, p50, p80 = quantiles(values)
-            rows.append(
-                {
-                    "op": "plan",
-                    "provider": name,
-                    "shape": what,
-                    "dtype": "fp32",
-                    "metric": "time",
-                    "unit": "s",
-                    "p20": p20,
-                    "p50": p50,
-                    "p80": p80,
-                    "n": len(values),
-                }
-            )
+            rows.append(row("plan", name, what, "fp32", values))
     if not options.quick:
         print(f"rows appended to {write('plan', rows, device)}")
 

@@ -43,6 +43,12 @@ class Location:
     repo_id: str | None = None
     commit: str | None = None
 
+    @property
+    def home(self) -> Path:
+        """Where its files may lie: the folder; of a Hub cache's snapshot, also its blobs."""
+        folder = self.path.resolve()
+        return folder.parent.parent if self.repo_id is not None else folder
+
     def __str__(self) -> str:
         return f"{self.repo_id}@{self.commit}" if self.repo_id else str(self.path)
 

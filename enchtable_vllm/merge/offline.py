@@ -22,6 +22,7 @@ from enchtable_vllm.checkpoint import (
     Location,
     ShardWriter,
     TensorHeader,
+    local,
     sampled_fingerprint,
 )
 from enchtable_vllm.checkpoint.files import open_regular, refuse_link_out
@@ -164,11 +165,8 @@ def _open_own(task: Checkpoint, path: Path) -> BinaryIO:
     Raises:
         CheckpointError: It is a link out of the folder, or cannot be read.
     """
-    home = task.folder.resolve()
-    if home.parent.name == "snapshots":  # a Hub cache's: its files are links to its blobs
-        home = home.parent.parent
     try:
-        refuse_link_out(path, home)
+        refuse_link_out(path, local(task.folder).home)
         return os.fdopen(open_regular(path), "rb")
     except (OSError, ValueError) as error:
         raise CheckpointError(

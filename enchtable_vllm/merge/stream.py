@@ -168,13 +168,11 @@ class MergeStream:
                         future.set_result(self._one(name, stored))
                     waiting.append((name, stored.nbytes, future))
                     waiting_bytes += stored.nbytes
-                    while waiting[0][2].done() or waiting_bytes > self._ahead_bytes:
+                    while waiting and (waiting[0][2].done() or waiting_bytes > self._ahead_bytes):
                         first, size, future = waiting.popleft()
                         waiting_bytes -= size
                         yield first, future.result()
                         del future
-                        if not waiting:
-                            break
                 while waiting:
                     first, _, future = waiting.popleft()
                     yield first, future.result()

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import torch
@@ -80,7 +80,7 @@ def keep_mask(safety: torch.Tensor, task: torch.Tensor, options: MaskOptions) ->
     return keep
 
 
-class MaskWriter:
+class MaskWriter(ExitStack[None]):
     """Writes a plan's masks, one at a time.
 
     Use as a context manager, around the making of the plan: what is written appears whole, when
@@ -91,24 +91,15 @@ class MaskWriter:
     """
 
     def __init__(self, plan_path: Path) -> None:
+        super().__init__()
         self.folder = plan_path.with_suffix(".masks")
         self._transaction = FolderTransaction(self.folder, overwrite=True)
         self._writer: ShardWriter | None = None
         self._kept = self._count = 0
 
     def __enter__(self) -> Self:
-        self._partial = self._transaction.__enter__()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._writer is not None:
-            self._writer.__exit__(kind, error, trace)
-        self._transaction.__exit__(kind, error, trace)
+        self._partial = self.enter_context(self._transaction)
+        return super().__enter__()
 
     def begin(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Name the tensors that will come."""
@@ -118,8 +109,7 @@ class MaskWriter:
             for name, count in self._counts.items()
         ]
         path = self._partial / f"{MASKS_STEM}.safetensors"
-        self._writer = ShardWriter(path, headers, {"format": "pt"})
-        self._writer.__enter__()
+        self._writer = self.enter_context(ShardWriter(path, headers, {"format": "pt"}))
 
     def write(self, name: str, keep_bits: torch.Tensor) -> str:
         """One tensor's packed bits; returns their digest."""

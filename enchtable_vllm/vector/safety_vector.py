@@ -137,8 +137,7 @@ class SafetyVector:
 
     def _refuse_links_out(self) -> None:
         """A vector is read from its own folder; a Hub cache's snapshot, from its own blobs."""
-        folder = self.location.path.resolve()
-        home = folder.parent.parent if self.location.repo_id is not None else folder
+        home = self.location.home
         try:
             for path in sorted(self.location.path.iterdir()):
                 if path.name.startswith(VECTOR_FILE_STEM):
