@@ -85,6 +85,13 @@ def test_int8_of_every_shape_survives_the_file(tmp_path, shape):
         truth, got = aligned[name] - surrogate[name], vector.read(name).float()
         assert got.shape == truth.shape
         assert float((got - truth).norm()) <= 1e-2 * float(truth.norm())
+    for file in (tmp_path / "v").glob("*.safetensors"):
+        data = file.read_bytes()
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + length])
+        header.pop("__metadata__")
+        starts = {n: 8 + length + entry["data_offsets"][0] for n, entry in header.items()}
+        assert all(at % 4 == 0 for n, at in starts.items() if n.endswith(".scale"))
 
 
 def test_int8_of_zeros_and_of_the_smallest_numbers_is_finite():
