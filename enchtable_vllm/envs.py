@@ -18,3 +18,14 @@ def cache_folder() -> Path:
 def allows_any_vllm() -> bool:
     """``ENCHTABLE_ANY_VLLM=1``: try a vLLM below the lower bound, to find where the bound is."""
     return os.environ.get("ENCHTABLE_ANY_VLLM") == "1"
+
+
+def admin_token() -> str | None:
+    """``ENCHTABLE_ADMIN_TOKEN``: who knows it may swap the vector of a running server."""
+    return os.environ.get("ENCHTABLE_ADMIN_TOKEN") or None
+
+
+def admin_token_file() -> Path | None:
+    """``ENCHTABLE_ADMIN_TOKEN_FILE``: a file that holds it."""
+    chosen = os.environ.get("ENCHTABLE_ADMIN_TOKEN_FILE")
+    return Path(chosen).expanduser() if chosen else None

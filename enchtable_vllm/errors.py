@@ -73,6 +73,22 @@ class MergePlanError(EnchTableError):
     """A merge plan is malformed or contradicts itself."""
 
 
+class NoPlanError(MergePlanError):
+    """There is no plan for this task model, and nothing to make one from."""
+
+
+class UnknownVectorError(EnchTableError):
+    """A server may not take a vector of this name, or there is none."""
+
+
+class NotSwappableError(EnchTableError):
+    """This model's weights cannot be exchanged while it is served."""
+
+
+class MemoryBoundError(EnchTableError):
+    """What would have to be held in host memory is more than may be used."""
+
+
 class MismatchError(EnchTableError):
     """Two artefacts that must belong together do not."""
 

@@ -49,13 +49,13 @@ def test_dependencies_point_one_way(path):
         assert ORDER.index(other) > ORDER.index(own), f"{path} imports {module}"
 
 
-def test_vllm_internals_are_touched_in_one_module_only():
+def test_vllm_internals_are_touched_in_two_modules_only():
     users = {
         path.name
         for path in FILES
         if any(module.split(".")[0] == "vllm" for module in imports(path))
     }
-    assert users == {"compat.py"}
+    assert users == {"compat.py", "compat_swap.py"}
 
 
 @pytest.mark.parametrize("path", KERNELS, ids=lambda p: p.name)
@@ -82,9 +82,10 @@ def test_what_is_imported_is_declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = {d.split(">")[0].split("[")[0].replace("-", "_") for d in project["dependencies"]}
     by_the_user = {"torch", "vllm", "enchtable_vllm", "enchtable_kernels"}
+    by_vllm = {"fastapi", "starlette"}  # where its API server runs, and nowhere else
     base = [path for path in FILES if "demo" not in path.relative_to(ROOT).parts]
     used = {module.split(".")[0] for path in base for module in imports(path)}
-    assert used - by_the_user - set(sys.stdlib_module_names) <= declared
+    assert used - by_the_user - by_vllm - set(sys.stdlib_module_names) <= declared
 
 
 def test_the_wheel_holds_both_packages_and_nothing_else(tmp_path):
@@ -113,6 +114,8 @@ def test_files_stay_readable():
 def test_the_entry_point_is_named_for_vllm_plugins():
     """One name in every group, so that VLLM_PLUGINS=enchtable is all it takes."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert project["entry-points"]["vllm.general_plugins"] == {
+    groups = project["entry-points"]
+    assert groups["vllm.general_plugins"] == {
         "enchtable": "enchtable_vllm.serving.registration:register"
     }
+    assert all(list(names) == ["enchtable"] for names in groups.values())

@@ -16,7 +16,7 @@ from enchtable_vllm.merge import MergeStream, merge_checkpoint
 from enchtable_vllm.plan import MaskOptions, open_masks, read_plan, resolve_plan
 from enchtable_vllm.plan.masks import keep_mask
 from enchtable_vllm.serving.config import LoaderConfig
-from enchtable_vllm.serving.prepare import prepare
+from enchtable_vllm.serving.prepare import prepare_model
 from enchtable_vllm.vector import SafetyVector
 
 Q = "model.layers.0.self_attn.q_proj.weight"
@@ -170,7 +170,7 @@ def test_damaged_masks_are_refused(masked, damage, message):
 
 def load(family):
     """As the loader does."""
-    prepared = prepare(LoaderConfig(), str(family.task), None, None, device="cpu")
+    prepared = prepare_model(LoaderConfig(), str(family.task), None, None, device="cpu")
     pass_ = MergeStream(
         prepared.resolved, prepared.vector, what="task model", masks=prepared.masks, ahead_bytes=1
     )

@@ -19,12 +19,12 @@ from enchtable_vllm.errors import (
     SafetyVectorError,
 )
 from enchtable_vllm.serving.config import LoaderConfig
-from enchtable_vllm.serving.prepare import prepare
+from enchtable_vllm.serving.prepare import prepare_model
 from enchtable_vllm.vector import build_vector
 
 
 def prepared(task, **keys):
-    return prepare(LoaderConfig.parse(keys), str(task), None, None, device="cpu")
+    return prepare_model(LoaderConfig.parse(keys), str(task), None, None, device="cpu")
 
 
 def test_the_shortest_form(family):
@@ -54,7 +54,7 @@ def test_vector_at_a_hub_commit(damaged, tmp_path, edit_json, monkeypatch):
     location = {"repo_id": "org/vector", "commit": commit}
     edit_json(damaged.plan, "safety_vector", "location", value=location)
     config = LoaderConfig.parse({})
-    found = prepare(config, str(damaged.task), None, str(tmp_path / "hub"), device="cpu")
+    found = prepare_model(config, str(damaged.task), None, str(tmp_path / "hub"), device="cpu")
     assert found.vector.name == "org/vector"
 
 
@@ -78,7 +78,7 @@ def test_base_model_computes_the_plan_once_for_all_ranks(family, tmp_path):
         "from enchtable_vllm.serving.config import LoaderConfig\n"
         "from enchtable_vllm.serving.prepare import prepare\n"
         "config = LoaderConfig.parse({'base_model': sys.argv[2], 'safety_vector': sys.argv[3]})\n"
-        "print(prepare(config, sys.argv[1], None, None, device='cpu').resolved.digest)\n"
+        "print(prepare_model(config, sys.argv[1], None, None, device='cpu').resolved.digest)\n"
     )
     arguments = [str(p) for p in (bare, family.base, family.vector, tmp_path / "count")]
     ranks = [

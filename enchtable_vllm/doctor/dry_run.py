@@ -16,7 +16,7 @@ from enchtable_vllm.errors import CheckpointError, EnchTableError
 from enchtable_vllm.plan import PLAN_FILE
 from enchtable_vllm.plan.classify import classify
 from enchtable_vllm.serving.config import LoaderConfig
-from enchtable_vllm.serving.prepare import prepare
+from enchtable_vllm.serving.prepare import prepare_model
 from enchtable_vllm.vector import SCOPES, SafetyVector, in_scope
 
 
@@ -123,7 +123,7 @@ def _would_plan(task: Checkpoint, base: Checkpoint | None, vector: SafetyVector)
 
 def _with_plan(config: LoaderConfig, folder: Path) -> Finding:
     """With a plan: the loader's own checks, in its own words."""
-    prepared = prepare(config, str(folder), None, None, device="cpu")
+    prepared = prepare_model(config, str(folder), None, None, device="cpu")
     resolved = prepared.resolved
     counts = _counts(len(resolved.coefficients), resolved.kept.values())
     return Finding(

@@ -49,6 +49,7 @@ class MergeReport:
         rounding: How sums were rounded to the stored dtype.
         kept: How many tensors went through bit for bit.
         filtered: Tensors of the plan that this rank never sees (other ranks' experts).
+        merged_bytes: Of the tensors that were merged.
         seconds: From the first tensor to the last.
         merged_digest: Of every merged byte, where that was asked for: equal for equal merges.
         notes: What else the user should know about what was written.
@@ -59,6 +60,7 @@ class MergeReport:
     rounding: Rounding = "nearest"
     kept: int = 0
     filtered: int = 0
+    merged_bytes: int = 0
     seconds: float = 0.0
     merged_digest: str | None = None
     notes: list[str] = field(default_factory=list)
@@ -105,6 +107,7 @@ class MergeReport:
             "rounding": self.rounding,
             "safety_vector": plan.safety_vector.model_dump(mode="json", exclude_none=True),
             "merged_digest": self.merged_digest,
+            "merged_bytes": self.merged_bytes,
             "plan_digest": self.resolved.digest,
             "beta": self.resolved.beta,
             "scope": self.resolved.scope,

@@ -119,6 +119,7 @@ class MergeStream:
         self._seen: set[str] = set()
         self._sums: dict[str, torch.Tensor] = {}
         self._kept: set[str] = set()
+        self._merged_bytes = 0
         #: Set when the stream has ended and everything planned was merged.
         self.report: MergeReport | None = None
 
@@ -228,6 +229,7 @@ class MergeStream:
             rounding_key=_rounding_key(name) if self._rounding == "stochastic" else None,
         )
         self._sums[name] = sums
+        self._merged_bytes += merged.nbytes
         if self._digests is not None:
             self._digests[name] = tensor_digest(merged)
         return merged
@@ -263,6 +265,7 @@ class MergeStream:
             rounding=self._rounding,
             kept=len(self._kept),
             filtered=len(absent),
+            merged_bytes=self._merged_bytes,
             seconds=seconds,
             merged_digest=combine_digests(self._digests) if self._digests else None,
         )

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from enchtable_vllm.errors import ConfigError
 from enchtable_vllm.merge.report import Rounding
+from enchtable_vllm.plan.vector_root import CURRENT, Beta, is_pinned_repository
 from enchtable_vllm.vector import Scope
 from enchtable_vllm.vector.safety_vector import describe_fault
 
@@ -18,7 +19,9 @@ class LoaderConfig(BaseModel):
     """The loader's keys. All are optional: a model folder may carry its plan and vector.
 
     Attributes:
-        safety_vector: Folder, or Hub id with ``@revision``. Default: where the plan says.
+        safety_vector: Folder, or Hub id with ``@revision``. Default: where the plan says. With a
+            ``vector_root`` also the name of a folder in it, or ``@current``, which its
+            ``current.json`` names. ``@none``: no vector; what is served is the task model.
         merge_plan: A plan file, or a folder or Hub id that holds ``merge_plan.json``. Default:
             the model's own.
         base_model: Folder or Hub id; then the plan is computed at load and cached.
@@ -31,6 +34,10 @@ class LoaderConfig(BaseModel):
             keeps in the mean what rounding to nearest loses, and adds noise).
         inner_load_format: vLLM's load format for the stored weights.
         inner_extra_config: The extra config of that format.
+        vector_root: Folder that holds a folder for each vector that may be swapped in.
+        allowed_repositories: Hub repositories that may be swapped in, ``org/name@COMMIT`` each.
+        staging_gib: The most host memory that a swap may take on this machine, all ranks
+            together. Default: half of what is free.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -38,12 +45,15 @@ class LoaderConfig(BaseModel):
     safety_vector: Reference | None = None
     merge_plan: Reference | None = None
     base_model: Reference | None = None
-    beta: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    beta: Beta | None = None
     scope: Scope | None = None
     verify: Literal["sampled", "content"] = "sampled"
     rounding: Rounding = "nearest"
     inner_load_format: Reference = "auto"
     inner_extra_config: dict[str, Any] = {}
+    vector_root: Reference | None = None
+    allowed_repositories: list[Reference] = []
+    staging_gib: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -53,6 +63,12 @@ class LoaderConfig(BaseModel):
             raise ValueError("'base_model' needs 'safety_vector'")
         if self.inner_load_format.lower() == "enchtable":
             raise ValueError("'inner_load_format' is the format of the stored weights")
+        if self.safety_vector == CURRENT and self.vector_root is None:
+            raise ValueError(f"'safety_vector': '{CURRENT}' needs 'vector_root'")
+        if self.safety_vector == CURRENT and (self.beta is not None or self.merge_plan is not None):
+            raise ValueError(f"with '{CURRENT}' beta and plan are those that the root names")
+        if unpinned := [r for r in self.allowed_repositories if not is_pinned_repository(r)]:
+            raise ValueError(f"'allowed_repositories': {unpinned[0]!r} is not 'org/name@COMMIT'")
         return self
 
     @classmethod

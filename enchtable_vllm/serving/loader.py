@@ -8,22 +8,28 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from tqdm.auto import tqdm
 
-from enchtable_vllm.errors import EnchTableError, IncompleteMergeError
+from enchtable_vllm.errors import EnchTableError, IncompleteMergeError, MismatchError
 from enchtable_vllm.merge import MergeStream, under_both_names
-from enchtable_vllm.serving import compat, last_word
+from enchtable_vllm.serving import compat, compat_swap, last_word
+from enchtable_vllm.serving.choice import Choice, choose_at_start
 from enchtable_vllm.serving.config import LoaderConfig
-from enchtable_vllm.serving.prepare import Prepared, prepare
+from enchtable_vllm.serving.prepare import OpenTask, Prepared, open_task, prepare
+from enchtable_vllm.serving.room import Active, Room, enter, room_of
+from enchtable_vllm.serving.swap.rank import WORKER_METHOD, answer
 
 _log = compat.logger("loader")
 _BAR = "{desc}: {percentage:3.0f}% Completed | {n_fmt}/{total_fmt} [{elapsed}<{remaining}]\n"
 
 #: Enough to keep a thread busy, little beside any tensor that makes a difference.
 _AHEAD_BYTES = 32 * 2**20
+
+_UNMERGED = "model '%s' is served WITHOUT a safety vector, as asked for by '@none'"
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -60,8 +66,8 @@ class EnchTableModelLoader(compat.BaseModelLoader):  # type: ignore[misc]  # vll
         self._inner = compat.inner_loader(
             load_config, self.config.inner_load_format, self.config.inner_extra_config
         )
-        self._prepared: Prepared | None = None
         self._draft = False
+        self._found: _Found | None = None
 
     def download_model(self, model_config: compat.ModelConfig) -> None:
         """Fetch the task model, as the inner loader does."""
@@ -82,7 +88,9 @@ class EnchTableModelLoader(compat.BaseModelLoader):  # type: ignore[misc]  # vll
         """
         self._draft = compat.is_draft(vllm_config, model_config)
         if not self._draft:
-            self._prepared = self._prepare(model_config, compat.target_device(vllm_config))
+            compat_swap.add_worker_method(WORKER_METHOD, answer)
+            self._found = self._find(model_config, compat.target_device(vllm_config))
+            self._found.refuse_disagreement()
         model: torch.nn.Module = super().load_model(vllm_config, model_config, prefix)
         return model
 
@@ -96,18 +104,24 @@ class EnchTableModelLoader(compat.BaseModelLoader):  # type: ignore[misc]  # vll
             _log.info("draft model '%s' passes through unmerged", model_config.model)
             self._inner.load_weights(model, model_config)
             return
-        prepared = self._prepared or self._prepare(model_config, _device_of(model))
-        stream = self._stream(prepared, model)
+        found = self._found or self._find(model_config, _device_of(model))
+        self._found = None
+        pinned = compat.read_from(model_config, str(found.task.location.path))
+        if found.prepared is None:
+            _log.warning(_UNMERGED, model_config.model)
+            self._inner.load_weights(model, pinned)
+            enter(model, Room(self.config, found.task, Active(found.choice, None)))
+            return
+        stream = self._stream(found.prepared, model)
         # The inner loader iterates its own `get_all_weights`; give it the merged one.
         stored = self._inner.get_all_weights
         self._inner.get_all_weights = lambda config, module: self._merged(
-            prepared, stream, stored(config, module)
+            found.task, stream, stored(config, module)
         )
         try:
-            self._inner.load_weights(model, _checked(model_config, prepared))
+            self._inner.load_weights(model, pinned)
         finally:
             del self._inner.get_all_weights
-            self._prepared = None
         if stream.report is None:
             raise IncompleteMergeError(
                 f"model '{model_config.model}'",
@@ -115,20 +129,35 @@ class EnchTableModelLoader(compat.BaseModelLoader):  # type: ignore[misc]  # vll
                 got="a model that stopped reading before the end",
                 fix="Report this with the model's architecture; it cannot be served merged.",
             )
+        enter(model, Room(self.config, found.task, Active(found.choice, stream.report)))
 
     def get_all_weights(
         self, model_config: compat.ModelConfig, model: torch.nn.Module
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """The merged stream, for reload. What headers can tell is checked before it returns.
+        """The merged stream of what this model serves now, for reload.
+
+        vLLM makes a new loader for each reload, from the config that the server was started
+        with; what has been swapped in since is in the model's room. What headers can tell is
+        checked before this returns.
 
         Raises:
             EnchTableError: Something does not fit; the model has not been touched.
         """
-        prepared = self._prepare(model_config, _device_of(model))
-        stored = compat.all_weights(self._inner, _checked(model_config, prepared), model)
-        return self._merged(prepared, self._stream(prepared, model), stored)
+        room = room_of(model)
+        found = self._find(model_config, _device_of(model), room.active.choice if room else None)
+        pinned = compat.read_from(model_config, str(found.task.location.path))
+        stored = compat.all_weights(self._inner, pinned, model)
+        if found.prepared is None:
+            _log.warning(_UNMERGED, model_config.model)
+            return stored
+        return self._merged(found.task, self._stream(found.prepared, model), stored)
 
-    def _prepare(self, model_config: compat.ModelConfig, device: torch.device) -> Prepared:
+    def _find(
+        self,
+        model_config: compat.ModelConfig,
+        device: torch.device,
+        choice: Choice | None = None,
+    ) -> _Found:
         bar: Any = None  # there is none unless a plan is computed
 
         def progress(_: str, done: int, total: int) -> None:
@@ -139,16 +168,17 @@ class EnchTableModelLoader(compat.BaseModelLoader):  # type: ignore[misc]  # vll
             if done == total:
                 bar.close()
 
-        prepared = prepare(
-            self.config,
-            model_config.model,
-            model_config.revision,
-            self.load_config.download_dir,
-            device=str(device) if device.type == "cuda" else "cpu",
-            progress=progress,
+        task = open_task(
+            self.config, model_config.model, model_config.revision, self.load_config.download_dir
         )
-        compat.pin_format(self._inner, prepared.load_format)
-        return prepared
+        compat.pin_format(self._inner, task.load_format)
+        choice = choice or choose_at_start(self.config, task)
+        if choice.config is None:
+            return _Found(task, choice, None)
+        plans_on = str(device) if device.type == "cuda" else "cpu"
+        return _Found(
+            task, choice, prepare(choice.config, task, device=plans_on, progress=progress)
+        )
 
     def _stream(self, prepared: Prepared, model: torch.nn.Module) -> MergeStream:
         bar = self._bar("Loading weights, merging", total=len(prepared.resolved.plan.tensors))
@@ -162,12 +192,12 @@ class EnchTableModelLoader(compat.BaseModelLoader):  # type: ignore[misc]  # vll
         return MergeStream(
             prepared.resolved,
             prepared.vector,
-            what=prepared.checkpoint.what,
+            what=prepared.task.checkpoint.what,
             # On the GPU that the weights go to; elsewhere each tensor is merged where it is.
             device=device if device.type == "cuda" else None,
             ahead_bytes=_AHEAD_BYTES if compat.may_look_ahead(self._inner) else 0,
             masks=prepared.masks,
-            rounding=self.config.rounding,
+            rounding=prepared.config.rounding,
             may_filter=lambda name: compat.is_skipped_expert(self._inner, name),
             foreign=bool(getattr(model, "secondary_weights", ())),
             verify_content=self.config.verify == "content",
@@ -186,21 +216,47 @@ class EnchTableModelLoader(compat.BaseModelLoader):  # type: ignore[misc]  # vll
         )
 
     def _merged(
-        self,
-        prepared: Prepared,
-        stream: MergeStream,
-        stored: Iterator[tuple[str, torch.Tensor]],
+        self, task: OpenTask, stream: MergeStream, stored: Iterator[tuple[str, torch.Tensor]]
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        yield from under_both_names(stream.merge, stored, prepared.checkpoint.second_names)
-        prepared.checkpoint.refuse_changed()  # the inner loader opened them again, by name
+        yield from under_both_names(stream.merge, stored, task.checkpoint.second_names)
+        task.checkpoint.refuse_changed()  # the inner loader opened them again, by name
         assert stream.report is not None
         for warning in stream.report.warnings():
             _log.warning(warning)
         _log.info(stream.report.line())
 
 
-def _checked(model_config: compat.ModelConfig, prepared: Prepared) -> compat.ModelConfig:
-    return compat.read_from(model_config, str(prepared.task.path))
+@dataclass(frozen=True)
+class _Found:
+    """What this rank is to load; ``prepared`` is None where that is no vector at all."""
+
+    task: OpenTask
+    choice: Choice
+    prepared: Prepared | None
+
+    def refuse_disagreement(self) -> None:
+        """Refuse to load where other ranks found something else.
+
+        Their files may be on other machines, and a ``current.json`` may change between two looks.
+
+        Raises:
+            MismatchError: They did, and every rank says so.
+        """
+        resolved = self.prepared.resolved if self.prepared else None
+        mine = (
+            self.task.fingerprint,
+            resolved and resolved.plan.safety_vector.fingerprint,
+            resolved and resolved.digest,
+            resolved and resolved.beta,
+        )
+        all_of_them = compat_swap.gather(mine)
+        if any(theirs != mine for theirs in all_of_them):
+            raise MismatchError(
+                "ranks of one engine",
+                expected="the same task model, safety vector, plan and beta on each",
+                got="; ".join(f"rank {i}: {found}" for i, found in enumerate(all_of_them)),
+                fix="Give every machine the same files, and start again.",
+            )
 
 
 def _device_of(model: torch.nn.Module) -> torch.device:

@@ -36,71 +36,109 @@ from enchtable_vllm.vector.safety_vector import VECTOR_PATTERNS
 
 
 @dataclass(frozen=True)
+class OpenTask:
+    """A task model whose headers are checked.
+
+    Attributes:
+        location: Its folder.
+        checkpoint: The same, opened: its files are those that were checked.
+        fingerprint: Sampled.
+        load_format: What vLLM calls the files that were checked.
+        cache_dir: vLLM's ``--download-dir``.
+    """
+
+    location: Location
+    checkpoint: Checkpoint
+    fingerprint: str
+    load_format: str
+    cache_dir: str | None
+
+
+@dataclass(frozen=True)
 class Prepared:
     """Checked inputs of a merge.
 
     Attributes:
-        task: The task model's folder.
-        checkpoint: The same, opened: its files are those that were checked.
+        task: The task model.
         resolved: The plan in force.
         vector: The safety vector.
         masks: The plan's, if it has any.
-        load_format: What vLLM calls the files that were checked.
+        config: What they were found by.
     """
 
-    task: Location
-    checkpoint: Checkpoint
+    task: OpenTask
     resolved: ResolvedPlan
     vector: SafetyVector
     masks: MergeMasks | None
-    load_format: str
+    config: LoaderConfig
 
 
-def prepare(
-    config: LoaderConfig,
-    model: str,
-    revision: str | None,
-    cache_dir: str | None,
-    *,
-    device: str,
-    progress: Progress = silent,
-) -> Prepared:
-    """Find, open and check plan, vector and task model.
+def open_task(
+    config: LoaderConfig, model: str, revision: str | None, cache_dir: str | None
+) -> OpenTask:
+    """Find, open and check the task model.
 
     Args:
         config: The loader's keys.
         model: The task model, as vLLM has it: a folder or a Hub id.
         revision: Its Hub revision.
         cache_dir: vLLM's ``--download-dir``.
+
+    Raises:
+        EnchTableError: It is missing, malformed or quantised, or another inner format reads
+            other files of it.
+    """
+    location = locate(model, revision=revision, cache_dir=cache_dir, what="task model")
+    checkpoint = Checkpoint(location.path, what="task model")
+    checkpoint.refuse_quantized()
+    load_format = stored_format(checkpoint, config.inner_load_format)
+    return OpenTask(location, checkpoint, sampled_fingerprint(checkpoint), load_format, cache_dir)
+
+
+def prepare(
+    config: LoaderConfig, task: OpenTask, *, device: str, progress: Progress = silent
+) -> Prepared:
+    """Find, open and check plan and vector for a task model.
+
+    Args:
+        config: Settled: see `enchtable_vllm.serving.choice`.
+        task: The task model.
         device: Where a plan is computed, if one must be.
         progress: For that computation.
 
     Raises:
         EnchTableError: Anything is missing, malformed, or does not belong together.
     """
-    task = locate(model, revision=revision, cache_dir=cache_dir, what="task model")
-    checkpoint = Checkpoint(task.path, what="task model")
-    checkpoint.refuse_quantized()
-    load_format = stored_format(checkpoint, config.inner_load_format)
-    fingerprint = sampled_fingerprint(checkpoint)
     masks = None
     if config.base_model is not None:
         assert config.safety_vector is not None  # LoaderConfig sees to it
-        vector = SafetyVector.open(config.safety_vector, cache_dir=cache_dir)
-        base = locate(config.base_model, cache_dir=cache_dir, what="base model")
+        vector = SafetyVector.open(config.safety_vector, cache_dir=task.cache_dir)
+        base = locate(config.base_model, cache_dir=task.cache_dir, what="base model")
         options = PlanOptions(device=device)
-        plan, digest = cached_plan(task, base, vector, options, progress=progress)
+        plan, digest = cached_plan(task.location, base, vector, options, progress=progress)
     else:
-        path = _find_plan(config, task, cache_dir)
+        path = _find_plan(config, task.location, task.cache_dir)
         plan, digest = read_plan(path)
-        vector = _open_vector(config, plan, path, cache_dir)
+        vector = _open_vector(config, plan, path, task.cache_dir)
         masks = open_masks(plan, path)
     resolved = resolve_plan(plan, digest, beta=config.beta, scope=config.scope)
     resolved.check_vector(vector)
-    resolved.check_task_model(fingerprint, checkpoint.what)
-    resolved.check_headers(checkpoint, vector)
-    check_rounding(config.rounding, resolved, checkpoint)
-    return Prepared(task, checkpoint, resolved, vector, masks, load_format)
+    resolved.check_task_model(task.fingerprint, task.checkpoint.what)
+    resolved.check_headers(task.checkpoint, vector)
+    check_rounding(config.rounding, resolved, task.checkpoint)
+    return Prepared(task, resolved, vector, masks, config)
+
+
+def prepare_model(
+    config: LoaderConfig,
+    model: str,
+    revision: str | None,
+    cache_dir: str | None,
+    *,
+    device: str,
+) -> Prepared:
+    """`open_task` and `prepare`, for whoever has nothing to do in between."""
+    return prepare(config, open_task(config, model, revision, cache_dir), device=device)
 
 
 def stored_format(checkpoint: Checkpoint, chosen: str) -> str:

@@ -60,3 +60,10 @@ def _reason(error: Exception) -> Exception | str:
     except Exception:  # this is no place for another failure
         pass
     return f"{type(error).__name__}: {error}"
+
+
+def endpoints() -> Any:
+    """The endpoint plugin: an object with the routes of docs/http-api.md."""
+    from enchtable_vllm.serving.http.plugin import EnchTableEndpoints
+
+    return EnchTableEndpoints()

@@ -26,7 +26,7 @@ from enchtable_vllm.errors import EnchTableError
 from enchtable_vllm.merge import MergeStream, merge_checkpoint
 from enchtable_vllm.plan import read_plan, resolve_plan
 from enchtable_vllm.serving.config import LoaderConfig
-from enchtable_vllm.serving.prepare import Prepared, prepare
+from enchtable_vllm.serving.prepare import Prepared, prepare_model
 from enchtable_vllm.vector import SafetyVector, build_vector
 
 
@@ -107,27 +107,29 @@ def merge(family: Family, out: Path) -> object:
 def stream(prepared: Prepared, family: Family) -> object:
     """As the loader streams: every stored tensor through the one merged stream."""
     through = MergeStream(
-        prepared.resolved, prepared.vector, what=prepared.checkpoint.what, masks=prepared.masks
+        prepared.resolved, prepared.vector, what=prepared.task.checkpoint.what, masks=prepared.masks
     )
     stored = {
         n: t for p in sorted(family.task.glob("*.safetensors")) for n, t in load_file(p).items()
     }
     merged = {name: tensor_digest(tensor) for name, tensor in through.merge(stored.items())}
     assert through.report is not None
-    prepared.checkpoint.refuse_changed()
+    prepared.task.checkpoint.refuse_changed()
     return combine_digests(merged)
 
 
 def serve(family: Family, _: Path) -> object:
     config = LoaderConfig.parse({})
-    return stream(prepare(config, str(family.task), None, None, device="cpu"), family)
+    return stream(prepare_model(config, str(family.task), None, None, device="cpu"), family)
 
 
 def serve_with_base(family: Family, out: Path) -> object:
     """The plan is computed at load, and kept in a cache: an output as well."""
     keys = {"base_model": str(family.base), "safety_vector": str(family.vector), "beta": 0.5}
     with mock.patch.dict(os.environ, ENCHTABLE_CACHE=str(out / "cache")):
-        prepared = prepare(LoaderConfig.parse(keys), str(family.task), None, None, device="cpu")
+        prepared = prepare_model(
+            LoaderConfig.parse(keys), str(family.task), None, None, device="cpu"
+        )
     return stream(prepared, family)
 
 

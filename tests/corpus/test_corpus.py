@@ -6,7 +6,7 @@ from models import copy_family
 
 from enchtable_vllm.errors import ConfigError
 from enchtable_vllm.serving.config import LoaderConfig
-from enchtable_vllm.serving.prepare import prepare
+from enchtable_vllm.serving.prepare import prepare_model
 
 
 def parameters():
@@ -41,7 +41,7 @@ def test_a_path_that_leads_nowhere(small, tmp_path, monkeypatch, key, path):
         keys["safety_vector"] = str(small.family.vector)
     model = str(small.family.task)
     message, _ = consumers.refusal(
-        lambda: prepare(LoaderConfig.parse(keys), model, None, str(tmp_path), device="cpu")
+        lambda: prepare_model(LoaderConfig.parse(keys), model, None, str(tmp_path), device="cpu")
     )
     assert message is not None
     assert consumers.well_formed(message), message

@@ -46,7 +46,7 @@ from enchtable_vllm.errors import EnchTableError
 from enchtable_vllm.plan import ResolvedPlan, read_plan, resolve_plan
 from enchtable_vllm.plan.resolve import coefficient
 from enchtable_vllm.serving.config import LoaderConfig
-from enchtable_vllm.serving.prepare import prepare
+from enchtable_vllm.serving.prepare import prepare_model
 from enchtable_vllm.vector import SafetyVector
 
 #: A reader that takes longer hangs.
@@ -89,7 +89,7 @@ def _check(resolved: ResolvedPlan) -> None:
 
 def feed_server(folder: Path) -> None:
     """A whole model folder, as a server meets it before it reads a weight."""
-    _check(prepare(LoaderConfig.parse({}), str(folder), None, None, device="cpu").resolved)
+    _check(prepare_model(LoaderConfig.parse({}), str(folder), None, None, device="cpu").resolved)
 
 
 def feed_checkpoint(folder: Path) -> None:

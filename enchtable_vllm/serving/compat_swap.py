@@ -1,0 +1,279 @@
+"""What of vLLM's is touched to exchange weights in a running server; see `compat` for loading.
+
+Public: ``EngineClient.collective_rpc``, ``pause_generation``, ``resume_generation``,
+``is_paused``, ``update_weight_version``; worker methods installed by a general plugin, as
+vllm/plugins/endpoint_plugins/interface.py describes. Internals, each named where used:
+
+* ``WorkerBase``, to which the worker's method is added;
+* ``model_runner.get_model`` and ``reload_weights(weights_iterator=…)`` of the worker;
+* ``model_loader.reload.layerwise``: ``get_layerwise_info`` and ``_place_kernel_tensors``, to put
+  back what a reload that failed half-way has taken apart;
+* ``engine_core.call_utility_all_async`` and ``_call_utility_async``, because ``collective_rpc``
+  returns only the first engine's results;
+* ``RequestOutput.outputs[i].weight_versions``, seen by wrapping ``EngineClient.generate``, to
+  tell with which weights an answer ended.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import aclosing, contextmanager
+from typing import Any
+
+import torch
+from vllm.distributed import parallel_state
+from vllm.model_executor.layers.linear import LinearBase
+from vllm.v1.worker.worker_base import WorkerBase
+
+__all__ = [
+    "Engines",
+    "add_worker_method",
+    "engines_of",
+    "gather",
+    "has_meta_tensors",
+    "is_packed_by",
+    "model_of",
+    "note_versions",
+    "quantization_of",
+    "rank_of",
+    "ranks_on_this_machine",
+    "reload",
+    "restore_after_failed_reload",
+    "served_tensors",
+    "task_model_of",
+]
+
+
+# Ranks.
+
+
+def gather(value: object) -> list[Any]:
+    """What every rank gives, in order; where there is but one, its own."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return [value]
+    group = parallel_state.get_world_group().cpu_group
+    values: list[Any] = [None] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(values, value, group=group)
+    return values
+
+
+def add_worker_method(name: str, method: Callable[..., Any]) -> None:
+    """Let ``collective_rpc(name, …)`` call this on each rank, the worker as first argument."""
+    setattr(WorkerBase, name, method)
+
+
+def model_of(worker: Any) -> torch.nn.Module:
+    """The model that a rank serves, without what vLLM wraps around it."""
+    model: torch.nn.Module = worker.model_runner.get_model()
+    return model
+
+
+def rank_of(worker: Any) -> int:
+    """Its place among the ranks of its engine."""
+    return int(worker.rank)
+
+
+def ranks_on_this_machine(worker: Any) -> int:
+    """How many ranks share this machine's memory: every engine's."""
+    parallel = worker.vllm_config.parallel_config
+    engines = max(1, parallel.data_parallel_size_local)
+    return max(1, int(parallel.local_world_size)) * int(engines)
+
+
+def quantization_of(worker: Any) -> str | None:
+    """The method by which vLLM quantises this model while it loads, if it does."""
+    method = worker.vllm_config.model_config.quantization
+    return None if method is None else str(method)
+
+
+def task_model_of(worker: Any) -> tuple[str, str | None]:
+    """What the task model is called, and its Hub revision."""
+    config = worker.vllm_config.model_config
+    return config.model, config.revision
+
+
+def is_packed_by(model: torch.nn.Module, name: str) -> bool:
+    """Whether a checkpoint's tensor of this name is an expert that the CPU build packs.
+
+    It packs them once, and a reload does not give them back: vLLM 0.32 by its own.
+    """
+    on_cpu = all(p.device.type == "cpu" for p in model.parameters())
+    return on_cpu and ".experts." in f".{name}."
+
+
+def served_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every weight that a model computes with.
+
+    On the CPU vLLM packs linear layers and leaves their ``weight`` empty: an identity matrix sent
+    through the packed layer gives its weight back, exactly.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.numel():
+            yield name, parameter
+    for name, module in model.named_modules():
+        if isinstance(module, LinearBase) and module.weight.numel() == 0:
+            width = getattr(module, "input_size_per_partition", module.input_size)
+            identity = torch.eye(width, dtype=module.params_dtype)
+            yield f"{name}.weight", module.quant_method.apply(module, identity)
+
+
+# Exchanging weights.
+
+
+def reload(worker: Any, tensors: Mapping[str, torch.Tensor]) -> set[str]:
+    """Put tensors into the served model, by vLLM's own in-place reload.
+
+    Args:
+        worker: The rank.
+        tensors: Checkpoint name → tensor; whole fused groups.
+
+    Returns:
+        The names that the model asked for.
+
+    Raises:
+        Exception: Whatever vLLM raises; layers may then be on the meta device.
+    """
+    taken: set[str] = set()
+
+    def each() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in tensors.items():
+            taken.add(name)
+            yield name, tensor
+
+    with _without_complaints():
+        worker.reload_weights(weights_iterator=each())
+    return taken
+
+
+def restore_after_failed_reload(model: torch.nn.Module) -> None:
+    """Give every layer back the tensors it had before a reload that failed half-way.
+
+    Layers that were finished hold new values: put the old ones in by another reload.
+    """
+    from vllm.model_executor.model_loader.reload import layerwise
+
+    for layer in model.modules():
+        info = layerwise.get_layerwise_info(layer)
+        if info.kernel_tensors is not None:
+            layerwise._place_kernel_tensors(layer, info)
+        info.reset()
+    layerwise.LOADING_LAYERS.clear()
+
+
+def has_meta_tensors(model: torch.nn.Module) -> bool:
+    """Whether a layer has lost its weights."""
+    return any(p.is_meta for p in model.parameters()) or any(b.is_meta for b in model.buffers())
+
+
+@contextmanager
+def _without_complaints() -> Iterator[None]:
+    """VLLM warns of every layer that a reload leaves alone: here nearly all of them, by intent."""
+    names = ("layerwise", "inplace")
+    loggers = [logging.getLogger(f"vllm.model_executor.model_loader.reload.{n}") for n in names]
+    levels = [each.level for each in loggers]
+    for each in loggers:
+        each.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for each, level in zip(loggers, levels, strict=True):
+            each.setLevel(level)
+
+
+# The API server's side.
+
+
+class Engines:
+    """All engines behind an API server.
+
+    Args:
+        client: vLLM's ``EngineClient``.
+    """
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+
+    async def call(self, method: str, *arguments: object) -> list[list[Any]]:
+        """A worker method on every rank of every engine, all engines at once.
+
+        Returns:
+            For each engine what its ranks answered. The method must not raise: where there are
+            several ranks, vLLM would mix up later answers.
+        """
+        core = self._client.engine_core
+        return list(
+            await core.call_utility_all_async("collective_rpc", method, None, arguments, None)
+        )
+
+    async def call_in_turn(
+        self, method: str, *arguments: object, until: Callable[[list[Any]], bool]
+    ) -> list[list[Any]]:
+        """The same, one engine after the other in a fixed order, and no further than ``until``.
+
+        Two clients that take a lock on every engine in one order cannot both get a part of it.
+        """
+        core, answers = self._client.engine_core, []
+        for engine in core.core_engines:
+            answer = await core._call_utility_async(
+                "collective_rpc", method, None, arguments, None, engine=engine
+            )
+            answers.append(answer)
+            if until(answer):
+                break
+        return answers
+
+    async def is_paused(self) -> bool:
+        """Whether generation is paused on any engine."""
+        core = self._client.engine_core
+        return any(await core.call_utility_all_async("is_scheduler_paused"))
+
+    async def pause(self, mode: str) -> None:
+        """Pause generation on all engines and clear their KV caches."""
+        await self._client.pause_generation(mode=mode, clear_cache=True)
+
+    async def resume(self) -> None:
+        """Let generation go on."""
+        await self._client.resume_generation()
+
+    async def set_version(self, version: str) -> None:
+        """Name the weights that answers are computed with from now on."""
+        await self._client.update_weight_version(version)
+
+    async def version(self) -> str:
+        """The name of the weights."""
+        return str(await self._client.get_weight_version())
+
+    @property
+    def dead(self) -> bool:
+        """Whether an engine has died: vLLM then ends the server."""
+        return bool(self._client.errored)
+
+
+def engines_of(client: Any) -> tuple[Engines | None, str]:
+    """The engines, if they load models by this project; else why there is nothing to swap."""
+    if client is None:
+        return None, "this server has no engine"
+    load_config = client.vllm_config.load_config
+    if str(load_config.load_format).lower() != "enchtable":
+        return None, f"its model was loaded with --load-format {load_config.load_format}"
+    if not hasattr(getattr(client, "engine_core", None), "call_utility_all_async"):
+        return None, "its engine client cannot reach all engines; vLLM 0.32 can"
+    return Engines(client), ""
+
+
+def note_versions(client: Any, note: Callable[[str], None]) -> None:
+    """Call ``note`` with the version that each answer has reached, in the task that asked."""
+    generate = client.generate
+
+    async def noting(*arguments: Any, **options: Any) -> AsyncIterator[Any]:
+        # Closed with its caller: that is how vLLM learns that a client has gone away.
+        async with aclosing(generate(*arguments, **options)) as outputs:
+            async for output in outputs:
+                for completion in output.outputs:
+                    spans = getattr(completion, "weight_versions", None)
+                    if spans:
+                        note(spans[-1].version)
+                yield output
+
+    client.generate = noting

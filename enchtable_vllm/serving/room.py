@@ -1,0 +1,108 @@
+"""What a rank serves, kept with the model that serves it."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from blake3 import blake3
+
+from enchtable_vllm.checkpoint import short
+from enchtable_vllm.merge import MergeReport
+from enchtable_vllm.plan.vector_root import NO_VECTOR
+from enchtable_vllm.serving.choice import Choice
+from enchtable_vllm.serving.config import LoaderConfig
+from enchtable_vllm.serving.prepare import OpenTask
+
+#: How many vectors a server can go back through, and how many swaps it tells of.
+_HISTORY = 20
+
+
+@dataclass(frozen=True)
+class Active:
+    """What is merged into the weights, and with what effect.
+
+    Attributes:
+        choice: What was asked for.
+        report: The outcome; None: no vector.
+    """
+
+    choice: Choice
+    report: MergeReport | None
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+        if self.choice.name is not None:
+            return self.choice.name
+        return self.report.resolved.plan.safety_vector.name if self.report else NO_VECTOR
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells one merge from another: two ranks that agree in it serve the same."""
+        if self.report is None:
+            return dict.fromkeys(("vector_digest", "plan_digest", "beta", "scope", "rounding"))
+        resolved = self.report.resolved
+        return {
+            "vector_digest": resolved.plan.safety_vector.fingerprint,
+            "plan_digest": resolved.digest,
+            "beta": resolved.beta,
+            "scope": resolved.scope,
+            "rounding": self.report.rounding,
+        }
+
+    @property
+    def weight_version(self) -> str:
+        """Name and digest of the identity: the same merge always has the same version."""
+        if self.report is None:
+            return NO_VECTOR
+        parts = "\n".join(f"{key}={value!r}" for key, value in self.identity.items())
+        return f"{self.name}:{short(blake3(parts.encode()).hexdigest())}"
+
+
+@dataclass
+class Room:
+    """One model in one process.
+
+    Attributes:
+        start: The server's own config.
+        task: The task model, as it was when it was loaded.
+        active: What is served.
+        epoch: How many swaps have changed it.
+        before: What was served earlier, the latest last, each with what the swap away from it
+            wrote to the root's ``current.json``.
+        swaps: The last swaps, the newest first.
+        broken: Why this rank's weights cannot be trusted; None when they can.
+        rank: What exchanges them, once somebody has asked.
+    """
+
+    start: LoaderConfig
+    task: OpenTask
+    active: Active
+    epoch: int = 0
+    before: deque[tuple[Active, dict[str, Any] | None]] = field(
+        default_factory=lambda: deque(maxlen=_HISTORY)
+    )
+    swaps: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=_HISTORY))
+    broken: str | None = None
+    rank: Any = None
+
+
+_rooms: WeakKeyDictionary[torch.nn.Module, Room] = WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+def enter(model: torch.nn.Module, room: Room) -> None:
+    """Remember what a model serves, for as long as it lives."""
+    with _lock:
+        _rooms[model] = room
+
+
+def room_of(model: torch.nn.Module) -> Room | None:
+    """What a model serves; None for one that was not loaded by us."""
+    with _lock:
+        return _rooms.get(model)

@@ -1,0 +1,49 @@
+"""How much host memory a swap may take."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+
+from enchtable_vllm.errors import MemoryBoundError
+
+_GIB = 2**30
+#: Of what is free: the rest is for the page cache, which staging reads through, and for others.
+_SHARE = 0.5
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def free_bytes(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = _CGROUP) -> int:
+    """Host memory that is free for this process: the machine's, or its container's if less."""
+    lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
+    free = int(lines["MemAvailable"].split()[0]) * 1024
+    with suppress(OSError, ValueError):  # no cgroup v2, or no limit ("max")
+        most = int((cgroup / "memory.max").read_text())
+        used = int((cgroup / "memory.current").read_text())
+        stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+        free = min(free, most - used + int(stat.get("inactive_file", 0)))
+    return max(free, 0)
+
+
+def refuse_too_much(needed_bytes: int, ranks: int, staging_gib: float | None) -> None:
+    """Refuse to stage what would not fit.
+
+    Args:
+        needed_bytes: Of one rank: old and new tensors together.
+        ranks: How many of them share this machine.
+        staging_gib: The bound that the server's config sets on all of them, if it does.
+
+    Raises:
+        MemoryBoundError: It is more than that, or than half of what is free.
+    """
+    most = free_bytes() * _SHARE if staging_gib is None else staging_gib * _GIB
+    if needed_bytes * ranks > most:
+        each = "" if ranks == 1 else f" ({ranks} ranks of {needed_bytes / _GIB:.2f})"
+        raise MemoryBoundError(
+            "host memory for old and new tensors",
+            expected=f"at most {most / _GIB:.2f} GiB: "
+            + ("half of what is free" if staging_gib is None else "'staging_gib'"),
+            got=f"{needed_bytes * ranks / _GIB:.2f} GiB{each}",
+            fix="Free memory, raise 'staging_gib' in --model-loader-extra-config, use a vector of "
+            "a narrower scope, or restart the server with the new vector.",
+        )

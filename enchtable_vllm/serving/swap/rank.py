@@ -1,0 +1,365 @@
+"""One rank's part of a swap: a method of vLLM's worker, told what to do from the API server.
+
+It never raises: an exception in one of several ranks would make vLLM mix up later answers. And
+it never waits: staging runs in a thread of its own while the rank goes on serving.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from enchtable_vllm.errors import MismatchError, NotSwappableError
+from enchtable_vllm.serving import compat, compat_swap
+from enchtable_vllm.serving.choice import Choice, choose
+from enchtable_vllm.serving.prepare import OpenTask, Prepared, open_task, prepare
+from enchtable_vllm.serving.room import Active, Room, room_of
+from enchtable_vllm.serving.swap.describe import describe_active, describe_error, describe_modules
+from enchtable_vllm.serving.swap.probe import served_digest
+from enchtable_vllm.serving.swap.staging import (
+    Side,
+    Staged,
+    StagingCancelled,
+    StagingJob,
+    refuse_another_task,
+)
+
+#: The name under which `answer` is a method of vLLM's workers.
+WORKER_METHOD = "enchtable"
+
+#: How long a swap may be silent before its lock may be taken from it.
+LEASE_SECONDS = 30.0
+
+_log = compat.logger("swap")
+
+Answer = dict[str, Any]
+
+
+@dataclass
+class _Swap:
+    """A swap that holds this rank's lock.
+
+    Attributes:
+        owner: Who began it.
+        heard: When its owner was last heard of.
+        cancelled: Tells the thread to stop.
+        thread: Stages.
+        wanted: What is to be served.
+        back_to: For a rollback: what it goes back to.
+        staged: When that is done.
+        error: When that failed.
+        touched: Whether the weights have been.
+        unpublished: What `Rank.publish` replaced: active vector, epoch, history.
+    """
+
+    owner: str
+    heard: float
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    thread: threading.Thread | None = None
+    wanted: Active | None = None
+    back_to: Active | None = None
+    staged: Staged | None = None
+    error: dict[str, Any] | None = None
+    touched: bool = False
+    unpublished: tuple[Active, int, list[Any]] | None = None
+
+
+class Rank:
+    """Everything that a rank can be told to do; each command answers with a dictionary.
+
+    Args:
+        worker: vLLM's worker.
+        room: What it serves.
+    """
+
+    def __init__(self, worker: Any, room: Room) -> None:
+        self._worker = worker
+        self._room = room
+        self._swap: _Swap | None = None
+
+    def answer(self, command: str, arguments: dict[str, Any]) -> Answer:
+        """Do what is asked; failures are answers too."""
+        try:
+            if command == "status":
+                return {"ok": True, **self.status(**arguments)}
+            if command == "begin":
+                return self.begin(**arguments)
+            if command == "probe":
+                return {"ok": True, "digest": served_digest(compat_swap.model_of(self._worker))}
+            owner = arguments.pop("owner")
+            if self._swap is None or self._swap.owner != owner:
+                return _no("lost_lock", "this swap does not hold the lock of this rank any more")
+            self._swap.heard = time.monotonic()
+            commands: dict[str, Callable[..., Answer]] = {
+                "stage": self.stage,
+                "poll": self.poll,
+                "commit": self.commit,
+                "publish": self.publish,
+                "restore": self.restore,
+                "give_up": self.give_up,
+                "finish": self.finish,
+            }
+            return commands[command](self._swap, **arguments)
+        except Exception as error:
+            _log.exception("swap: '%s' failed", command)
+            return {"ok": False, **describe_error(error)}
+
+    def status(self, detail: bool = False) -> Answer:
+        """What this rank serves, and whether it can be trusted."""
+        room, active, swap = self._room, self._room.active, self._swap
+        staged = swap.staged.nbytes if swap and swap.staged else 0
+        found: Answer = {
+            "rank": compat_swap.rank_of(self._worker),
+            "epoch": room.epoch,
+            "weight_version": active.weight_version,
+            "identity": active.identity,
+            "broken": room.broken,
+            "swapping": swap is not None,
+            "staged_bytes": staged,
+            "not_swappable": self._not_swappable(),
+        }
+        if detail:
+            found["task_model"] = {
+                "id": compat_swap.task_model_of(self._worker)[0],
+                "fingerprint": room.task.fingerprint,
+            }
+            found["active"] = describe_active(active)
+            found["modules"] = describe_modules(active)
+            found["rolls_back_to"] = room.before[-1][0].name if room.before else None
+            found["persisted_before"] = room.before[-1][1] if room.before else None
+            found["swaps"] = list(room.swaps)
+        return found
+
+    def begin(self, owner: str, expected_epoch: int | None = None) -> Answer:
+        """Take the lock, unless somebody holds it who is still there."""
+        held = self._swap
+        if held is not None:
+            if time.monotonic() - held.heard < LEASE_SECONDS:
+                return _no("swap_in_progress", "another swap holds the lock", "Try again later.")
+            if held.touched:
+                return {**_no("interrupted", "a swap was cut off half-way"), "owner": held.owner}
+            self._drop(held)
+        if expected_epoch is not None and expected_epoch != self._room.epoch:
+            return _no("wrong_epoch", f"the server is at epoch {self._room.epoch}")
+        self._swap = _Swap(owner, time.monotonic())
+        return {"ok": True}
+
+    def stage(
+        self,
+        swap: _Swap,
+        safety_vector: str | None,
+        beta: float | None = None,
+    ) -> Answer:
+        """Begin to stage a vector; None: what was served before the last swap."""
+        if reason := self._not_swappable():
+            return _no("not_swappable", reason)
+        if safety_vector is None:
+            if not self._room.before:
+                return _no("nothing_to_roll_back", "nothing was swapped that could be undone")
+            swap.back_to = self._room.before[-1][0]
+        model = compat_swap.model_of(self._worker)
+        swap.thread = threading.Thread(
+            target=self._stage,
+            args=(swap, model, safety_vector, beta),
+            name="enchtable-stage",
+            daemon=True,
+        )
+        swap.thread.start()
+        return {"ok": True}
+
+    def poll(self, swap: _Swap) -> Answer:
+        """How far staging is; keeps the lock."""
+        if swap.error is not None:
+            return {"ok": False, **swap.error}
+        if swap.staged is None or swap.wanted is None:
+            return {"ok": True, "staged": False}
+        return {
+            "ok": True,
+            "staged": True,
+            "published": swap.unpublished is not None,
+            "identity": swap.wanted.identity,
+            "weight_version": swap.wanted.weight_version,
+            "same": swap.wanted.identity == self._room.active.identity
+            and swap.wanted.name == self._room.active.name,
+            "active": describe_active(swap.wanted),
+            "old_digest": swap.staged.old.digest,
+            "new_digest": swap.staged.new.digest,
+            "staged_bytes": swap.staged.nbytes,
+            "staging_seconds": swap.staged.seconds,
+            "warnings": swap.wanted.report.warnings() if swap.wanted.report else [],
+        }
+
+    def commit(self, swap: _Swap) -> Answer:
+        """Put the new tensors in. Generation is paused."""
+        assert swap.staged is not None
+        swap.touched = True
+        return self._put_in(swap.staged.new)
+
+    def publish(self, swap: _Swap, persisted_before: dict[str, Any] | None) -> Answer:
+        """The new vector is what is served now, and what was served can be gone back to.
+
+        Args:
+            swap: It.
+            persisted_before: What the root's ``current.json`` said before, if it was written.
+        """
+        assert swap.wanted is not None
+        room = self._room
+        swap.unpublished = (room.active, room.epoch, list(room.before))
+        if swap.back_to is not None:
+            room.before.pop()
+        else:
+            room.before.append((room.active, persisted_before))
+        room.active = swap.wanted
+        room.epoch += 1
+        return {"ok": True, "epoch": room.epoch}
+
+    def restore(self, swap: _Swap) -> Answer:
+        """Put the old tensors back, whatever state the model is in."""
+        assert swap.staged is not None
+        room, model = self._room, compat_swap.model_of(self._worker)
+        if room.broken is not None or compat_swap.has_meta_tensors(model):
+            compat_swap.restore_after_failed_reload(model)
+        answer = self._put_in(swap.staged.old)
+        if answer["ok"]:
+            swap.touched = False
+            if swap.unpublished is not None:
+                room.active, room.epoch, before = swap.unpublished
+                room.before.clear()
+                room.before.extend(before)
+                swap.unpublished = None
+        return answer
+
+    def give_up(self, swap: _Swap, reason: str) -> Answer:
+        """Going back failed. What is staged stays, so that it can be tried again at once."""
+        self._room.broken = reason
+        swap.heard = -LEASE_SECONDS
+        return {"ok": True}
+
+    def finish(self, swap: _Swap, record: dict[str, Any] | None) -> Answer:
+        """The swap is over: drop what was staged, release the lock, remember what is told of it."""
+        if record is not None:
+            self._room.swaps.appendleft({**record, "epoch": self._room.epoch})
+        self._drop(swap)
+        return {"ok": True, "epoch": self._room.epoch}
+
+    def _drop(self, swap: _Swap) -> None:
+        swap.cancelled.set()
+        swap.staged = None
+        self._swap = None
+
+    def _put_in(self, side: Side) -> Answer:
+        model = compat_swap.model_of(self._worker)
+        self._room.broken = "its weights are being exchanged"
+        try:
+            taken = compat_swap.reload(self._worker, side.tensors) if side.tensors else set()
+            if lost := side.tensors.keys() - taken:
+                raise RuntimeError(f"the model left {len(lost)} tensors unread, {min(lost)} first")
+            if compat_swap.has_meta_tensors(model):
+                raise RuntimeError("layers were left without weights")
+        except Exception as error:
+            self._room.broken = f"{type(error).__name__}: {error}"
+            _log.exception("exchanging weights failed on this rank")
+            return {"ok": False, **describe_error(error), "code": "commit_failed"}
+        self._room.broken = None
+        return {"ok": True, "digest": side.digest}
+
+    def _not_swappable(self) -> str | None:
+        if method := compat_swap.quantization_of(self._worker):
+            return (
+                f"the model is quantised while it loads ({method}), and vLLM does not give such "
+                "a model its weights back when it reloads"
+            )
+        return None
+
+    def _stage(
+        self, swap: _Swap, model: torch.nn.Module, safety_vector: str | None, beta: float | None
+    ) -> None:
+        """In a thread of its own. Its result is set last: nobody looks at a half of it."""
+        try:
+            task = self._open_task()
+            if safety_vector is None:
+                assert swap.back_to is not None
+                choice = swap.back_to.choice
+            else:
+                choice = choose(self._room.start, safety_vector, beta, task)
+            old, new = self._prepare(self._room.active.choice, task), self._prepare(choice, task)
+            job = StagingJob(
+                task,
+                old,
+                new,
+                skips=lambda _: False,
+                ranks=compat_swap.ranks_on_this_machine(self._worker),
+                staging_gib=self._room.start.staging_gib,
+                verify_content=self._room.start.verify == "content",
+                cancelled=swap.cancelled,
+            )
+            self._refuse_packed(model, job.names())
+            staged = job.run()
+            self._refuse_another(self._room.active, Active(choice, staged.old.report))
+            wanted = Active(choice, staged.new.report)
+            if swap.back_to is not None:
+                self._refuse_another(swap.back_to, wanted)
+            swap.wanted = wanted
+            if not swap.cancelled.is_set():
+                swap.staged = staged
+        except StagingCancelled:
+            pass
+        except Exception as error:
+            _log.warning("staging was refused: %s", error)
+            swap.error = describe_error(error)
+
+    def _open_task(self) -> OpenTask:
+        room = self._room
+        model, revision = compat_swap.task_model_of(self._worker)
+        # The very folder that was loaded: a branch of the Hub may have moved since.
+        if room.task.location.path.is_dir():
+            model, revision = str(room.task.location.path), None
+        task = open_task(room.start, model, revision, room.task.cache_dir)
+        refuse_another_task(room.task, task)
+        return task
+
+    def _prepare(self, choice: Choice, task: OpenTask) -> Prepared | None:
+        return None if choice.config is None else prepare(choice.config, task, device="cpu")
+
+    def _refuse_packed(self, model: torch.nn.Module, names: list[str]) -> None:
+        packed = [name for name in names if compat_swap.is_packed_by(model, name)]
+        if packed:
+            raise NotSwappableError(
+                f"tensor '{packed[0]}'",
+                expected="weights that vLLM can reload",
+                got="experts, which vLLM's CPU build packs and does not give back",
+                fix="Use a vector of scope 'attention', a GPU, or a restart.",
+            )
+
+    def _refuse_another(self, expected: Active, found: Active) -> None:
+        if expected.identity != found.identity:
+            raise MismatchError(
+                f"safety vector '{expected.name}'",
+                expected=f"what was merged before, {expected.identity}",
+                got=found.identity,
+                fix="Its files were replaced since. Put them back, or give the new ones a name of "
+                "their own; going back exactly is not possible without them.",
+            )
+
+
+def _no(code: str, message: str, fix: str = "") -> Answer:
+    return {"ok": False, "code": code, "error": {"kind": "", "message": message, "fix": fix}}
+
+
+def answer(worker: Any, command: str, arguments: dict[str, Any]) -> Answer:
+    """The worker's method: see `Rank.answer`."""
+    try:
+        room = room_of(compat_swap.model_of(worker))
+        if room is None:
+            return _no("not_swappable", "this model was not loaded by --load-format enchtable")
+        if room.rank is None:
+            room.rank = Rank(worker, room)
+        found: Answer = room.rank.answer(command, dict(arguments))
+        return found
+    except Exception as error:
+        return {"ok": False, **describe_error(error)}

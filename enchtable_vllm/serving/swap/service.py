@@ -1,0 +1,288 @@
+"""What an API server knows of its engines' vectors, and the one place that changes them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from typing import Any, Protocol
+
+from enchtable_vllm.errors import EnchTableError
+from enchtable_vllm.plan.vector_root import VectorRoot
+from enchtable_vllm.serving import compat, compat_swap
+from enchtable_vllm.serving.config import LoaderConfig
+from enchtable_vllm.serving.swap.describe import describe_error
+from enchtable_vllm.serving.swap.errors import SwapError
+from enchtable_vllm.serving.swap.rank import WORKER_METHOD
+from enchtable_vllm.serving.swap.request import RollbackRequest, SwapRequest
+from enchtable_vllm.serving.swap.transaction import Transaction
+from enchtable_vllm.vector import SafetyVector
+
+_log = compat.logger("swap")
+
+#: A readiness probe needs no token: however often it is asked, the engine is asked once a second.
+_READY_SECONDS = 1.0
+_ANSWER_SECONDS = 10.0
+#: How often the root's ``current.json`` and the other API servers' swaps are looked for.
+_WATCH_SECONDS = 5.0
+
+
+class Observer(Protocol):
+    """Who is told what happens: metrics."""
+
+    def serving(self, status: dict[str, Any]) -> None:
+        """What is served now, as ``GET /v1/enchtable/status`` tells it."""
+
+    def swapped(self, record: dict[str, Any]) -> None:
+        """A swap has ended, one way or the other."""
+
+    def refused(self, code: str) -> None:
+        """A request was not done."""
+
+    def verification_failed(self, kind: str) -> None:
+        """Something's bytes were not what they should be."""
+
+
+class SwapService:
+    """Status, swaps and readiness of one server.
+
+    Args:
+        engines: All engines behind this API server.
+        config: The loader's.
+        observer: Who is told.
+    """
+
+    def __init__(
+        self, engines: compat_swap.Engines, config: LoaderConfig, observer: Observer
+    ) -> None:
+        self._engines = engines
+        self._observer = observer
+        self._root_path = config.vector_root
+        self._allowed = config.allowed_repositories
+        self._plans_itself = config.base_model is not None
+        self._running: set[asyncio.Task[dict[str, Any]]] = set()
+        self._ready: tuple[float, bool, str | None] = (-_READY_SECONDS, False, None)
+        self._asking = asyncio.Lock()
+        self._version = ""
+
+    async def start(self) -> None:
+        """Name the weights, tell what is served, and keep looking.
+
+        Raises:
+            SwapError: The ranks do not answer.
+        """
+        status = await self.status()
+        await self._engines.set_version(status["weight_version"])
+        self._watcher = asyncio.create_task(self._watch())
+
+    async def status(self) -> dict[str, Any]:
+        """See docs/http-api.md.
+
+        Raises:
+            SwapError: The ranks do not answer.
+        """
+        try:
+            answers = await asyncio.wait_for(
+                self._engines.call(WORKER_METHOD, "status", {"detail": True}), _ANSWER_SECONDS
+            )
+        except TimeoutError as error:
+            raise SwapError(
+                "not_ready",
+                f"engine: expected an answer in {_ANSWER_SECONDS:g} s, got none",
+                "It is busy or stuck: ask again, and restart it if that lasts.",
+            ) from error
+        status = self._combined(answers)
+        self._version = status["weight_version"]
+        self._observer.serving(status)
+        for engine in status["engines"]:
+            for rank in engine["ranks"]:
+                rank.pop("modules", None)
+        status.pop("modules")
+        return status
+
+    async def ready(self) -> tuple[bool, str | None]:
+        """Whether every rank serves what it should, and if not, why. Cheap to ask."""
+        async with self._asking:
+            asked, ready, reason = self._ready
+            if time.monotonic() - asked >= _READY_SECONDS:
+                try:
+                    status = await self.status()
+                    ready, reason = status["ready"], status["reason"]
+                except Exception as error:
+                    ready, reason = False, f"{type(error).__name__}: {error}"
+                self._ready = (time.monotonic(), ready, reason)
+            return ready, reason
+
+    async def vectors(self) -> list[dict[str, Any]]:
+        """What may be swapped in."""
+        status = await self.status()
+        return await asyncio.to_thread(self._vectors, status)
+
+    async def change(self, request: SwapRequest | RollbackRequest) -> dict[str, Any]:
+        """Swap, or roll back. A caller that goes away does not stop it.
+
+        Raises:
+            SwapError: It did not happen, and why.
+        """
+        task = asyncio.create_task(self._change(request))
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+        return await asyncio.shield(task)
+
+    async def probe(self) -> dict[str, Any]:
+        """Digests of the weights that the ranks really compute with."""
+        answers = await self._engines.call(WORKER_METHOD, "probe", {})
+        for rank in (rank for engine in answers for rank in engine):
+            if not rank["ok"]:
+                raise SwapError.of(rank)
+        return {"engines": [[rank["digest"] for rank in engine] for engine in answers]}
+
+    async def _change(self, request: SwapRequest | RollbackRequest) -> dict[str, Any]:
+        transaction = Transaction(self._engines, request, self._root())
+        try:
+            answer = await transaction.run()
+        except SwapError as error:
+            self._tell(error, transaction)
+            raise
+        except Exception as error:
+            _log.exception("swap: an error that is no refusal")
+            failure = SwapError(
+                "not_ready" if self._engines.dead else "refused",
+                f"{type(error).__name__}: {error}",
+                "See the server's log.",
+            )
+            self._tell(failure, transaction)
+            raise failure from error
+        self._observer.swapped(transaction.record.to_json())
+        _log.info(
+            "safety vector %s: '%s' -> '%s' (%s), staged %.2f s, paused %.3f s",
+            answer["outcome"],
+            answer["from"],
+            answer["to"],
+            answer["weight_version"],
+            answer["staging_seconds"],
+            answer["paused_seconds"],
+        )
+        await self._refresh()
+        return answer
+
+    def _tell(self, error: SwapError, transaction: Transaction) -> None:
+        _log.warning("swap not done (%s): %s", error.code, error.message)
+        self._observer.refused(error.code)
+        if error.kind in ("SafetyVectorError", "NonFiniteError", "MismatchError"):
+            self._observer.verification_failed(error.kind)
+        if error.code not in ("swap_in_progress", "wrong_epoch"):
+            self._observer.swapped(transaction.record.to_json())
+
+    async def _refresh(self) -> None:
+        """What is served may have changed."""
+        self._ready = (-_READY_SECONDS, False, None)
+        try:
+            await self.status()
+        except Exception as error:
+            _log.warning("status after a swap: %s", error)
+
+    async def _watch(self) -> None:
+        """See swaps of other API servers, and changes of ``current.json``."""
+        wanted: object = None
+        while not self._engines.dead:
+            await asyncio.sleep(_WATCH_SECONDS)
+            try:
+                # Asked of the engine's scheduler, not of its workers: costs nothing there.
+                version = await self._engines.version()
+                desired = await asyncio.to_thread(self._desired)
+                if version != self._version or desired != wanted:
+                    wanted = desired
+                    await self.status()
+            except Exception as error:  # the engine may be on its way down
+                _log.debug("watching: %s", error)
+
+    def _root(self) -> VectorRoot | None:
+        try:
+            return None if self._root_path is None else VectorRoot(self._root_path)
+        except EnchTableError as error:
+            raise SwapError.of(describe_error(error)) from error
+
+    def _desired(self) -> dict[str, Any] | None:
+        if self._root_path is None:
+            return None
+        try:
+            current = VectorRoot(self._root_path).current()
+        except EnchTableError as error:
+            _log.warning("%s", error)
+            return None
+        if current is None:
+            return None
+        return current.model_dump(include={"safety_vector", "beta", "version"})
+
+    def _combined(self, answers: list[list[dict[str, Any]]]) -> dict[str, Any]:
+        ranks = [rank for engine in answers for rank in engine]
+        for rank in ranks:
+            if not rank["ok"]:
+                raise SwapError.of(rank)
+        first = ranks[0]
+        versions = Counter(repr(rank["identity"]) for rank in ranks)
+        disagreeing = len(ranks) - max(versions.values())
+        broken = next((rank["broken"] for rank in ranks if rank["broken"]), None)
+        reason = broken
+        if disagreeing:
+            reason = f"{disagreeing} of {len(ranks)} ranks serve another vector"
+        desired = self._desired()
+        active = first["active"]
+        return {
+            "state": "failed" if broken else "swapping" if first["swapping"] else "serving",
+            "ready": reason is None,
+            "reason": reason,
+            "weight_version": first["weight_version"],
+            "epoch": first["epoch"],
+            "task_model": first["task_model"],
+            "active": active,
+            "modules": first["modules"],
+            "desired": desired,
+            "as_desired": None if desired is None else _is_as_desired(active, desired),
+            "not_swappable": first["not_swappable"],
+            "rolls_back_to": first["rolls_back_to"],
+            "swaps": first["swaps"],
+            "disagreeing": disagreeing,
+            "engines": [
+                {"engine": number, "ranks": [_of_rank(rank) for rank in engine]}
+                for number, engine in enumerate(answers)
+            ],
+        }
+
+    def _vectors(self, status: dict[str, Any]) -> list[dict[str, Any]]:
+        root, fingerprint = self._root(), status["task_model"]["fingerprint"]
+        found = []
+        for name in root.names() if root else ():
+            entry: dict[str, Any] = {"name": name, "digest": None, "planned": False, "fault": None}
+            try:
+                assert root is not None
+                vector = SafetyVector.open(root.folder(name))
+                entry["digest"] = vector.fingerprint
+                entry["scope"] = vector.manifest.scope
+                entry["tensors"] = len(vector.tensors)
+                planned = root.plan(name, fingerprint) is not None
+                entry["planned"] = planned or self._plans_itself
+            except EnchTableError as error:
+                entry["fault"] = str(error)
+            entry["active"] = name == status["active"]["safety_vector"]
+            found.append(entry)
+        for name in self._allowed:
+            active = name == status["active"]["safety_vector"]
+            found.append(
+                {"name": name, "digest": None, "planned": None, "fault": None, "active": active}
+            )
+        return found
+
+
+def _of_rank(rank: dict[str, Any]) -> dict[str, Any]:
+    kept = ("rank", "epoch", "weight_version", "swapping", "staged_bytes", "broken")
+    found: dict[str, Any] = {key: rank[key] for key in kept} | rank["identity"]
+    found |= {key: rank["active"].get(key) for key in ("merged", "filtered", "merged_digest")}
+    return found
+
+
+def _is_as_desired(active: dict[str, Any], desired: dict[str, Any]) -> bool:
+    """Name and, where the root names one, β."""
+    same = active["safety_vector"] == desired["safety_vector"]
+    return bool(same and desired["beta"] in (None, active["beta"]))

@@ -1,0 +1,402 @@
+"""One swap over all ranks of all engines: everywhere, or nowhere.
+
+    begin → stage → (all ready) → pause → commit → (all agree) → publish → resume → finish
+
+Until ``pause`` nothing that is served has been touched. After it, any failure on any rank makes
+every rank put its old tensors back; if even that fails, generation stays paused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from enchtable_vllm.errors import EnchTableError
+from enchtable_vllm.plan.vector_root import CURRENT, CurrentVector, VectorRoot
+from enchtable_vllm.serving import compat, compat_swap
+from enchtable_vllm.serving.swap.describe import describe_error
+from enchtable_vllm.serving.swap.errors import SwapError
+from enchtable_vllm.serving.swap.rank import WORKER_METHOD
+from enchtable_vllm.serving.swap.request import RollbackRequest, SwapRequest
+
+_log = compat.logger("swap")
+
+_POLL_SECONDS = 0.05
+#: A pause that takes longer than this is given up: ``wait`` waits for every running request.
+_PAUSE_SECONDS = 600.0
+_PERSIST_TRIES = 5
+
+Answers = list[list[dict[str, Any]]]
+
+
+@dataclass
+class Record:
+    """What is told of a swap; see ``swaps`` in docs/http-api.md."""
+
+    source: str
+    target: str
+    began: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="milliseconds"))
+    outcome: str = "refused"
+    phase: str = "stage"
+    staging_seconds: float = 0.0
+    paused_seconds: float = 0.0
+    swap_seconds: float = 0.0
+    staged_bytes: int = 0
+    reason: str | None = None
+    code: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """With the names of the interface."""
+        found = dict(vars(self))
+        return {"from": found.pop("source"), "to": found.pop("target"), **found}
+
+
+class Transaction:
+    """One swap, or one roll-back.
+
+    Args:
+        engines: All engines.
+        request: What is asked for.
+        root: The server's vector root, if it has one.
+        on_phase: Told of each phase as it begins.
+    """
+
+    def __init__(
+        self,
+        engines: compat_swap.Engines,
+        request: SwapRequest | RollbackRequest,
+        root: VectorRoot | None,
+        on_phase: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self._engines = engines
+        self._request = request
+        self._swap = request if isinstance(request, SwapRequest) else None
+        self._root = root
+        self._owner = secrets.token_hex(16)
+        self._on_phase = on_phase
+        self._began = time.perf_counter()
+        self._before: dict[str, Any] = {}
+        self._overwritten: dict[str, Any] | None = None
+        self.record = Record("", self._swap.safety_vector if self._swap else "")
+
+    async def run(self) -> dict[str, Any]:
+        """Do it.
+
+        Returns:
+            The response's body.
+
+        Raises:
+            SwapError: It did not happen, and why; what is served is what was served before, but
+                for the code ``failed``.
+        """
+        await self._begin()
+        answer: dict[str, Any] | None = None
+        try:
+            answer = await self._run_locked()
+            return answer
+        except SwapError as error:
+            self.record.code, self.record.reason = error.code, str(error)
+            raise
+        except BaseException as error:
+            self.record.code, self.record.reason = "failed", f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            self.record.swap_seconds = time.perf_counter() - self._began
+            if answer is not None:
+                answer["swap_seconds"] = self.record.swap_seconds
+            await self._finish(answer)
+
+    async def _begin(self) -> None:
+        if self._swap and self._swap.persist:
+            self._refuse_unwritable_root()
+        started = {"owner": self._owner, "expected_epoch": self._request.expected_epoch}
+        refusal = await self._take_lock(started)
+        if refusal and refusal["code"] == "interrupted":
+            await self._recover(refusal["owner"])
+            refusal = await self._take_lock(started)
+        if refusal:
+            await self._call("finish", record=None)  # where it was taken
+            raise SwapError.of(refusal)
+        self._before = await first_status(self._engines)
+        self.record.source = self._before["active"]["safety_vector"]
+        if self._swap is None:
+            self.record.target = self._before["rolls_back_to"] or ""
+
+    async def _take_lock(self, started: dict[str, Any]) -> dict[str, Any] | None:
+        """What refuses, if anything does."""
+        taken = await self._engines.call_in_turn(
+            WORKER_METHOD,
+            "begin",
+            started,
+            until=lambda ranks: not all(answer["ok"] for answer in ranks),
+        )
+        return next((answer for answer in _flat(taken) if not answer["ok"]), None)
+
+    async def _recover(self, owner: str) -> None:
+        """Bring a swap to its end whose API server died, or that failed to go back."""
+        _log.warning("a swap was cut off half-way: every rank goes back first")
+        mine, self._owner = self._owner, owner
+        try:
+            polled = _flat(await self._call("poll"))
+            if not all(rank["published"] for rank in polled):  # else it was done but for its end
+                self._check_put_in(await self._call("restore"), polled[0]["old_digest"])
+            status = await first_status(self._engines)
+            await self._engines.set_version(status["weight_version"])
+            await self._engines.resume()
+            await self._call("finish", record=None)
+        except Exception as error:
+            raise SwapError(
+                "failed",
+                f"an earlier swap was cut off, and going back failed: {error}",
+                "Restart this server; it serves nothing until then.",
+            ) from error
+        finally:
+            self._owner = mine
+
+    async def _run_locked(self) -> dict[str, Any]:
+        answers = await self._stage()
+        polled = answers[0][0]
+        # One that lists no name is told by what was staged.
+        self.record.target = polled["active"]["safety_vector"]
+        result = {
+            "outcome": "swapped" if self._swap else "rolled_back",
+            "from": self.record.source,
+            "to": self.record.target,
+            "weight_version": polled["weight_version"],
+            "staging_seconds": self.record.staging_seconds,
+            "paused_seconds": 0.0,
+            "staged_bytes": self.record.staged_bytes,
+            "persisted": False,
+            "warnings": polled["warnings"],
+            "active": polled["active"],
+        }
+        if self._swap and self._swap.dry_run:
+            self.record.outcome = "dry_run"
+            return result | {"outcome": "dry_run"}
+        if polled["same"]:
+            result["persisted"] = await asyncio.to_thread(self._persist)
+            self.record.outcome, self.record.phase = "unchanged", "done"
+            return result | {"outcome": "unchanged"}
+        paused_at = await self._pause()
+        try:
+            self._enter("commit")
+            self._check_put_in(await self._call("commit"), polled["new_digest"])
+            self._enter("publish")
+            result["persisted"] = await asyncio.to_thread(self._persist)
+            await self._engines.set_version(polled["weight_version"])
+            persisted = self._overwritten if self._swap else None
+            _refuse(await self._call("publish", persisted_before=persisted))
+        except Exception as failure:
+            await self._undo(failure, polled["old_digest"], paused_at)
+        await self._resume(paused_at)
+        self.record.outcome, self.record.phase = str(result["outcome"]), "done"
+        return result | {"paused_seconds": self.record.paused_seconds}
+
+    async def _stage(self) -> Answers:
+        self._enter("stage")
+        swap = self._swap
+        asked = {
+            "safety_vector": swap.safety_vector if swap else None,
+            "beta": swap.beta if swap else None,
+        }
+        _refuse(await self._call("stage", **asked))
+        deadline = time.monotonic() + self._request.timeout_seconds
+        while True:
+            answers = await self._call("poll")
+            _refuse(answers)
+            ranks = _flat(answers)
+            if all(rank["staged"] for rank in ranks):
+                break
+            if time.monotonic() > deadline:
+                raise SwapError(
+                    "timeout",
+                    f"staging: expected every rank to be ready in "
+                    f"{self._request.timeout_seconds:g} s, got "
+                    f"{sum(rank['staged'] for rank in ranks)} of {len(ranks)}",
+                    "Nothing was changed. Raise 'timeout_seconds', or make the plan ahead.",
+                )
+            await asyncio.sleep(_POLL_SECONDS)
+        self.record.staging_seconds = max(rank["staging_seconds"] for rank in ranks)
+        self.record.staged_bytes = sum(rank["staged_bytes"] for rank in ranks)
+        for what in ("identity", "old_digest", "new_digest"):
+            if any(rank[what] != ranks[0][what] for rank in ranks):
+                raise SwapError(
+                    "refused",
+                    f"ranks: expected one {what} on all, got {[rank[what] for rank in ranks]}",
+                    "Nothing was changed. Give every machine the same files.",
+                    "MismatchError",
+                )
+        return answers
+
+    async def _pause(self) -> float:
+        self._enter("pause")
+        if await self._engines.is_paused():
+            raise SwapError(
+                "paused_by_another",
+                "generation: expected it to be running, got one that is paused already",
+                "Nothing was changed. Resume it first, by whatever paused it.",
+            )
+        paused_at = time.perf_counter()
+        try:
+            await asyncio.wait_for(self._engines.pause(self._request.pause), _PAUSE_SECONDS)
+        except BaseException as error:
+            await self._engines.resume()
+            if not isinstance(error, TimeoutError):
+                raise
+            raise SwapError(
+                "timeout",
+                f"pause '{self._request.pause}': expected running requests to end in "
+                f"{_PAUSE_SECONDS:g} s, got some that did not",
+                "Nothing was changed. Use 'keep', or 'abort'.",
+            ) from error
+        return paused_at
+
+    async def _undo(self, failure: Exception, old_digest: str, paused_at: float) -> None:
+        """Every rank back to its old tensors; raises whatever comes of it."""
+        _log.error("swap failed (%s); every rank goes back", failure)
+        try:
+            self._check_put_in(await self._call("restore"), old_digest)
+            await self._engines.set_version(self._before["weight_version"])
+            if self._overwritten is not None:
+                await asyncio.to_thread(self._write_back, self._overwritten)
+        except Exception as error:
+            self.record.outcome = "failed"
+            self.record.paused_seconds = time.perf_counter() - paused_at
+            reason = (
+                f"a rank failed to commit ({failure}), and going back failed too ({error}): "
+                "generation stays paused"
+            )
+            await self._call("give_up", reason=reason)
+            raise SwapError("failed", reason, "Restart this server, or swap again.") from error
+        await self._resume(paused_at)
+        self.record.outcome = "undone"
+        raise SwapError(
+            "undone",
+            f"{failure}. Every rank is back on '{self.record.source}', and generation goes on",
+            "See the server's log for the cause, and try again.",
+        )
+
+    async def _resume(self, paused_at: float) -> None:
+        await self._engines.resume()
+        self.record.paused_seconds = time.perf_counter() - paused_at
+
+    async def _finish(self, answer: dict[str, Any] | None) -> None:
+        """Release the lock, whatever happened; a failure that stays keeps it."""
+        if self.record.outcome == "failed":
+            return
+        try:
+            answers = await self._call("finish", record=self.record.to_json())
+            if answer is not None:
+                answer["epoch"] = answers[0][0].get("epoch")
+        except Exception:
+            if not self._engines.dead:
+                raise
+            _log.exception("the engine died at the end of a swap")
+
+    async def _call(self, command: str, **arguments: Any) -> Answers:
+        return await self._engines.call(WORKER_METHOD, command, {"owner": self._owner, **arguments})
+
+    def _check_put_in(self, answers: Answers, digest: str) -> None:
+        """All ranks say that they hold these bytes, or the transaction has failed."""
+        for number, rank in enumerate(_flat(answers)):
+            if not rank["ok"]:
+                raise _CommitFailed(f"rank {number}: {rank['error']['message']}")
+            if rank["digest"] != digest:
+                raise _CommitFailed(f"rank {number}: expected {digest}, got {rank['digest']}")
+
+    def _enter(self, phase: str) -> None:
+        self.record.phase = phase
+        self._on_phase(phase)
+
+    def _refuse_unwritable_root(self) -> None:
+        try:
+            if self._root is None:
+                raise SwapError(
+                    "invalid_request",
+                    "'persist': expected a server with a 'vector_root', got none",
+                    "Start it with one, or leave 'persist' out.",
+                )
+            self._root.refuse_read_only()
+        except EnchTableError as error:
+            raise SwapError.of(describe_error(error)) from error
+
+    def _persist(self) -> bool:
+        """Make ``current.json`` say what is served now; remember what it said before."""
+        root, swap = self._root, self._swap
+        if swap is None:
+            return self._persist_rollback()
+        if not swap.persist or root is None or swap.safety_vector == CURRENT:
+            return False
+        before = _current_or_none(root)
+        self._overwritten = {"was": before.model_dump() if before else None}
+        _retried(lambda: root.set_current(swap.safety_vector, swap.beta))
+        return True
+
+    def _persist_rollback(self) -> bool:
+        """Undo what the swap that is rolled back wrote, if nobody wrote since."""
+        before, root = self._before.get("persisted_before"), self._root
+        if before is None or root is None:
+            return False
+        current = _current_or_none(root)
+        if current is None or current.safety_vector != self.record.source:
+            _log.warning("current.json names another vector by now: it is left as it is")
+            return False
+        self._overwritten = {"was": current.model_dump()}
+        self._write_back(before)
+        return True
+
+    def _write_back(self, before: dict[str, Any]) -> None:
+        assert self._root is not None
+        root, was = self._root, before["was"]
+        if was is None:
+            root.clear_current()
+        else:
+            _retried(lambda: root.set_current(was["safety_vector"], was["beta"]))
+
+
+class _CommitFailed(Exception):
+    """A rank does not hold what it was told to hold."""
+
+
+async def first_status(engines: compat_swap.Engines) -> dict[str, Any]:
+    """In detail, of the first rank of the first engine."""
+    answers: Answers = await engines.call(WORKER_METHOD, "status", {"detail": True})
+    status = answers[0][0]
+    if not status["ok"]:
+        raise SwapError.of(status)
+    return status
+
+
+def _flat(answers: Answers) -> list[dict[str, Any]]:
+    return [rank for engine in answers for rank in engine]
+
+
+def _refuse(answers: Answers) -> None:
+    """Raise what the first rank that refuses says; none has touched anything yet."""
+    for rank in _flat(answers):
+        if not rank["ok"]:
+            raise SwapError.of(rank)
+
+
+def _current_or_none(root: VectorRoot) -> CurrentVector | None:
+    try:
+        return root.current()
+    except EnchTableError:
+        return None
+
+
+def _retried(write: Callable[[], Any]) -> None:
+    """Several servers may share a root: the file is written by one at a time."""
+    for last in (False,) * (_PERSIST_TRIES - 1) + (True,):
+        try:
+            write()
+            return
+        except EnchTableError:
+            if last:
+                raise
+            time.sleep(0.05)
