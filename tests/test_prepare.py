@@ -76,7 +76,7 @@ def test_base_model_computes_the_plan_once_for_all_ranks(family, tmp_path):
         "    open(sys.argv[4], 'a').write('x'); return real(*a, **k)\n"
         "c.compute_plan = counted\n"
         "from enchtable_vllm.serving.config import LoaderConfig\n"
-        "from enchtable_vllm.serving.prepare import prepare\n"
+        "from enchtable_vllm.serving.prepare import prepare_model\n"
         "config = LoaderConfig.parse({'base_model': sys.argv[2], 'safety_vector': sys.argv[3]})\n"
         "print(prepare_model(config, sys.argv[1], None, None, device='cpu').resolved.digest)\n"
     )

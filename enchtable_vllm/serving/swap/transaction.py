@@ -16,11 +16,10 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from enchtable_vllm.errors import EnchTableError
-from enchtable_vllm.plan.vector_root import CURRENT, CurrentVector, VectorRoot
+from enchtable_vllm.plan.vector_root import VectorRoot
 from enchtable_vllm.serving import compat, compat_swap
-from enchtable_vllm.serving.swap.describe import describe_error
 from enchtable_vllm.serving.swap.errors import SwapError
+from enchtable_vllm.serving.swap.persist import Persistence
 from enchtable_vllm.serving.swap.rank import WORKER_METHOD
 from enchtable_vllm.serving.swap.request import RollbackRequest, SwapRequest
 
@@ -29,7 +28,6 @@ _log = compat.logger("swap")
 _POLL_SECONDS = 0.05
 #: A pause that takes longer than this is given up: ``wait`` waits for every running request.
 _PAUSE_SECONDS = 600.0
-_PERSIST_TRIES = 5
 
 Answers = list[list[dict[str, Any]]]
 
@@ -76,12 +74,11 @@ class Transaction:
         self._engines = engines
         self._request = request
         self._swap = request if isinstance(request, SwapRequest) else None
-        self._root = root
         self._owner = secrets.token_hex(16)
         self._on_phase = on_phase
         self._began = time.perf_counter()
         self._before: dict[str, Any] = {}
-        self._overwritten: dict[str, Any] | None = None
+        self._persistence = Persistence(root, self._swap)
         self.record = Record("", self._swap.safety_vector if self._swap else "")
 
     async def run(self) -> dict[str, Any]:
@@ -112,8 +109,7 @@ class Transaction:
             await self._finish(answer)
 
     async def _begin(self) -> None:
-        if self._swap and self._swap.persist:
-            self._refuse_unwritable_root()
+        self._persistence.refuse_unwritable()
         started = {"owner": self._owner, "expected_epoch": self._request.expected_epoch}
         refusal = await self._take_lock(started)
         if refusal and refusal["code"] == "interrupted":
@@ -179,7 +175,7 @@ class Transaction:
             self.record.outcome = "dry_run"
             return result | {"outcome": "dry_run"}
         if polled["same"]:
-            result["persisted"] = await asyncio.to_thread(self._persist)
+            result["persisted"] = await self._persist()
             self.record.outcome, self.record.phase = "unchanged", "done"
             return result | {"outcome": "unchanged"}
         paused_at = await self._pause()
@@ -187,15 +183,20 @@ class Transaction:
             self._enter("commit")
             self._check_put_in(await self._call("commit"), polled["new_digest"])
             self._enter("publish")
-            result["persisted"] = await asyncio.to_thread(self._persist)
+            result["persisted"] = await self._persist()
             await self._engines.set_version(polled["weight_version"])
-            persisted = self._overwritten if self._swap else None
+            persisted = self._persistence.overwritten if self._swap else None
             _refuse(await self._call("publish", persisted_before=persisted))
         except Exception as failure:
             await self._undo(failure, polled["old_digest"], paused_at)
         await self._resume(paused_at)
         self.record.outcome, self.record.phase = str(result["outcome"]), "done"
         return result | {"paused_seconds": self.record.paused_seconds}
+
+    async def _persist(self) -> bool:
+        return await asyncio.to_thread(
+            self._persistence.write, self.record.source, self._before["persisted_before"]
+        )
 
     async def _stage(self) -> Answers:
         self._enter("stage")
@@ -262,8 +263,7 @@ class Transaction:
         try:
             self._check_put_in(await self._call("restore"), old_digest)
             await self._engines.set_version(self._before["weight_version"])
-            if self._overwritten is not None:
-                await asyncio.to_thread(self._write_back, self._overwritten)
+            await asyncio.to_thread(self._persistence.undo)
         except Exception as error:
             self.record.outcome = "failed"
             self.record.paused_seconds = time.perf_counter() - paused_at
@@ -313,51 +313,6 @@ class Transaction:
         self.record.phase = phase
         self._on_phase(phase)
 
-    def _refuse_unwritable_root(self) -> None:
-        try:
-            if self._root is None:
-                raise SwapError(
-                    "invalid_request",
-                    "'persist': expected a server with a 'vector_root', got none",
-                    "Start it with one, or leave 'persist' out.",
-                )
-            self._root.refuse_read_only()
-        except EnchTableError as error:
-            raise SwapError.of(describe_error(error)) from error
-
-    def _persist(self) -> bool:
-        """Make ``current.json`` say what is served now; remember what it said before."""
-        root, swap = self._root, self._swap
-        if swap is None:
-            return self._persist_rollback()
-        if not swap.persist or root is None or swap.safety_vector == CURRENT:
-            return False
-        before = _current_or_none(root)
-        self._overwritten = {"was": before.model_dump() if before else None}
-        _retried(lambda: root.set_current(swap.safety_vector, swap.beta))
-        return True
-
-    def _persist_rollback(self) -> bool:
-        """Undo what the swap that is rolled back wrote, if nobody wrote since."""
-        before, root = self._before.get("persisted_before"), self._root
-        if before is None or root is None:
-            return False
-        current = _current_or_none(root)
-        if current is None or current.safety_vector != self.record.source:
-            _log.warning("current.json names another vector by now: it is left as it is")
-            return False
-        self._overwritten = {"was": current.model_dump()}
-        self._write_back(before)
-        return True
-
-    def _write_back(self, before: dict[str, Any]) -> None:
-        assert self._root is not None
-        root, was = self._root, before["was"]
-        if was is None:
-            root.clear_current()
-        else:
-            _retried(lambda: root.set_current(was["safety_vector"], was["beta"]))
-
 
 class _CommitFailed(Exception):
     """A rank does not hold what it was told to hold."""
@@ -381,22 +336,3 @@ def _refuse(answers: Answers) -> None:
     for rank in _flat(answers):
         if not rank["ok"]:
             raise SwapError.of(rank)
-
-
-def _current_or_none(root: VectorRoot) -> CurrentVector | None:
-    try:
-        return root.current()
-    except EnchTableError:
-        return None
-
-
-def _retried(write: Callable[[], Any]) -> None:
-    """Several servers may share a root: the file is written by one at a time."""
-    for last in (False,) * (_PERSIST_TRIES - 1) + (True,):
-        try:
-            write()
-            return
-        except EnchTableError:
-            if last:
-                raise
-            time.sleep(0.05)
