@@ -8,10 +8,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Self
 from urllib.error import URLError
 from urllib.request import urlopen
@@ -44,6 +44,7 @@ class Server:
         arguments: Further arguments of ``vllm serve``.
         log: Where its output goes.
         port: Its port on loopback.
+        variables: Further environment variables.
         waiting: Called with the seconds waited so far.
     """
 
@@ -54,6 +55,7 @@ class Server:
         log: Path,
         *,
         port: int,
+        variables: Mapping[str, str] = MappingProxyType({}),
         waiting: Callable[[float], None] = lambda _: None,
     ) -> None:
         self.url = f"http://127.0.0.1:{port}"
@@ -70,7 +72,7 @@ class Server:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
-                env={**os.environ, **environment},
+                env={**os.environ, **environment, **variables},
                 start_new_session=True,
             )
         self._client = OpenAI(base_url=f"{self.url}/v1", api_key="none")

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
 
 SAMPLING = {"temperature": 0.0, "max_tokens": 8, "logprobs": 3, "detokenize": False}
@@ -66,6 +67,24 @@ def reload(worker):
     worker.model_runner.reload_weights()
 
 
+def swap(llm, name):
+    """What the API server tells the ranks to do, one command after the other."""
+
+    def call(command, **arguments):
+        answers = llm.collective_rpc("enchtable", args=(command, {"owner": "probe", **arguments}))
+        assert all(answer["ok"] for answer in answers), answers
+        return answers
+
+    call("begin")
+    call("stage", safety_vector=name)
+    while not all(answer["staged"] for answer in call("poll")):
+        time.sleep(0.01)
+    for command, arguments in (("commit", {}), ("publish", {"persisted_before": None})):
+        call(command, **arguments)
+    call("finish", record=None)
+    llm.reset_prefix_cache()
+
+
 def make_scannable():
     """Let vLLM 0.32 start twice in one process beside llvmlite.
 
@@ -99,6 +118,7 @@ def run(setting):
     make_scannable()
     reloads = setting.pop("reload", False)
     weights_only = setting.pop("weights_only", False)
+    swaps = setting.pop("swaps", [])
     adapter = setting.pop("adapter", None)
     refused = setting.pop("refused", False)
     if setting.pop("replaced", False):
@@ -130,6 +150,11 @@ def run(setting):
         return seen if weights_only else seen | generate(llm)
 
     seen = {"first": look(llm)}
+    if swaps:
+        seen["swapped"] = []
+    for name in swaps:
+        swap(llm, name)
+        seen["swapped"].append(look(llm))
     if reloads:
         llm.collective_rpc(reload)
         llm.reset_prefix_cache()

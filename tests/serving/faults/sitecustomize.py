@@ -1,0 +1,92 @@
+"""Makes a rank of a real server misbehave, when a file says so.
+
+On the path of a server that a test starts, and of nothing else. ``ENCHTABLE_TEST_FAULT`` names the
+file: ``{"rank": 1, "command": "commit", "do": "break"}``. Without it nothing happens.
+
+``break``: the reload that the command makes fails after two tensors, layers taken apart.
+``lie``: the command answers with another digest. ``raise``: it fails before it does anything.
+``sleep``: it takes ``seconds`` longer; of ``stage``, in its thread. ``exit``: the process is gone.
+"""
+
+import importlib.abc
+import importlib.machinery
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+MODULE = "enchtable_vllm.serving.swap.rank"
+
+
+def wanted(rank, command):
+    try:
+        fault = json.loads(Path(os.environ["ENCHTABLE_TEST_FAULT"]).read_text())
+    except (OSError, ValueError):
+        return {}
+    mine = fault.get("rank") in (None, rank) and command in fault.get("command", "").split("|")
+    return fault if mine else {}
+
+
+def breaking(tensors):
+    class Half(dict):
+        def items(self):
+            for number, pair in enumerate(super().items()):
+                if number == 2:
+                    raise RuntimeError("planted: the reload broke off")
+                yield pair
+
+    return Half(tensors)
+
+
+def install(module):
+    Rank, swap = module.Rank, module.compat_swap
+    answer, stage, reload = Rank.answer, Rank._stage, swap.reload
+    breaks = []
+
+    def faulty_answer(self, command, arguments):
+        fault = wanted(swap.rank_of(self._worker), command)
+        do = fault.get("do")
+        if do == "exit":
+            os._exit(1)
+        if do == "raise":
+            return module._no("commit_failed", "planted: it failed")
+        if do == "sleep" and command != "stage":
+            time.sleep(fault["seconds"])
+        if do == "break":
+            breaks.append(True)
+        try:
+            found = answer(self, command, arguments)
+        finally:
+            breaks.clear()
+        return {**found, "digest": "blake3:0"} if do == "lie" else found
+
+    def faulty_reload(worker, tensors):
+        return reload(worker, breaking(tensors) if breaks else tensors)
+
+    def slow_stage(self, *arguments):
+        fault = wanted(swap.rank_of(self._worker), "stage")
+        if fault.get("do") == "sleep":
+            time.sleep(fault["seconds"])
+        stage(self, *arguments)
+
+    Rank.answer, Rank._stage, swap.reload = faulty_answer, slow_stage, faulty_reload
+
+
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name != MODULE:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        execute = spec.loader.exec_module
+
+        def then_install(module):
+            execute(module)
+            install(module)
+
+        spec.loader.exec_module = then_install
+        return spec
+
+
+if os.environ.get("ENCHTABLE_TEST_FAULT"):
+    sys.meta_path.insert(0, Finder())

@@ -1,0 +1,323 @@
+"""The HTTP interface of swapping, on a real server: who may do what, and what is answered."""
+
+import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import live
+import pytest
+
+SLOWLY = 3.0
+
+
+@pytest.fixture(scope="module")
+def root(family, tmp_path_factory):
+    return live.make_root(family, tmp_path_factory.mktemp("swap"))
+
+
+@pytest.fixture(scope="module")
+def fault(tmp_path_factory):
+    return tmp_path_factory.mktemp("fault") / "fault.json"
+
+
+@pytest.fixture(scope="module")
+def server(root, fault, tmp_path_factory):
+    """With an API key, an admin token, and two API servers before one engine."""
+    variables = {"PYTHONPATH": str(live.FAULTS), "ENCHTABLE_TEST_FAULT": str(fault)}
+    log = tmp_path_factory.mktemp("log") / "log"
+    arguments = ("--enforce-eager", "--api-server-count", "2", "--api-key", "inference-key")
+    with live.Live(root, log, *arguments, variables=variables) as server:
+        server.http.headers["Authorization"] = "Bearer inference-key"
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def on_sv_a(server, fault):
+    """Each test begins on sv-a, with no fault planted."""
+    fault.unlink(missing_ok=True)
+    if server.status()["active"]["safety_vector"] != "sv-a":
+        server.swapped("sv-a")
+
+
+READ = [("GET", "/v1/enchtable/status"), ("GET", "/v1/enchtable/vectors")]
+CHANGE = [
+    ("POST", "/v1/enchtable/swap"),
+    ("POST", "/v1/enchtable/rollback"),
+    ("POST", "/v1/enchtable/probe"),
+]
+KEY = {"Authorization": "Bearer inference-key"}
+WRONG = {"X-Enchtable-Admin-Token": "open-sesame-open-sesam3"}
+
+
+def test_every_route_with_every_kind_of_credentials(server):
+    """A dry run stands for a swap: whoever is let in changes nothing."""
+    body = json.dumps({"safety_vector": "sv-b", "dry_run": True})
+
+    def asked(method, path, **headers):
+        content = body if path.endswith("swap") else None
+        with httpx.Client(base_url=server.url, timeout=60) as client:
+            return client.request(method, path, headers=headers, content=content)
+
+    for method, path in READ:
+        assert asked(method, path).status_code == 401
+        assert asked(method, path, **live.ADMIN).status_code == 401  # it is not the API key
+        assert asked(method, path, **KEY).status_code == 200
+    for method, path in CHANGE:
+        assert asked(method, path).status_code == 401
+        assert asked(method, path, **live.ADMIN).status_code == 401
+        only_key = asked(method, path, **KEY)
+        assert (only_key.status_code, only_key.json()["error"]["code"]) == (
+            401,
+            "admin_token_missing",
+        )
+        wrong = asked(method, path, **KEY, **WRONG)
+        assert (wrong.status_code, wrong.json()["error"]["code"]) == (403, "admin_token_wrong")
+        right = asked(method, path, **KEY, **live.ADMIN)
+        assert right.status_code == (409 if path.endswith("rollback") else 200), right.text
+    assert asked("GET", "/enchtable/ready").status_code == 200
+    secret = server.log.read_text()
+    assert live.TOKEN not in secret
+    assert WRONG["X-Enchtable-Admin-Token"] not in secret
+
+
+def test_the_interface_is_on_the_openapi_page(server):
+    document = server.http.get("/openapi.json").json()
+    for method, path in (*READ, *CHANGE, ("GET", "/enchtable/ready")):
+        operation = document["paths"][path][method.lower()]
+        assert operation["summary"]
+    swap = document["paths"]["/v1/enchtable/swap"]["post"]
+    schema = swap["requestBody"]["content"]["application/json"]["schema"]
+    assert set(schema["properties"]) == {
+        "safety_vector", "beta", "pause", "dry_run", "persist", "expected_epoch",
+        "timeout_seconds",
+    }  # fmt: skip
+    assert swap["parameters"][0]["name"] == "X-Enchtable-Admin-Token"
+    assert "swap_in_progress" in swap["responses"]["409"]["description"]
+
+
+BAD = {
+    "no vector": ({}, 422, "invalid_request"),
+    "unknown key": ({"safety_vector": "sv-b", "bta": 1}, 422, "invalid_request"),
+    "negative beta": ({"safety_vector": "sv-b", "beta": -0.1}, 422, "invalid_request"),
+    "zero beta": ({"safety_vector": "sv-b", "beta": 0}, 422, "invalid_request"),
+    "beta as text": ({"safety_vector": "sv-b", "beta": "1"}, 422, "invalid_request"),
+    "unknown pause": ({"safety_vector": "sv-b", "pause": "never"}, 422, "invalid_request"),
+    "unknown vector": ({"safety_vector": "sv-z"}, 404, "unknown_vector"),
+    "a path": ({"safety_vector": "/etc"}, 404, "unknown_vector"),
+    "a way out": ({"safety_vector": "../root/sv-b"}, 404, "unknown_vector"),
+    "a dot": ({"safety_vector": "."}, 404, "unknown_vector"),
+    "a repository": ({"safety_vector": "org/name@" + "a" * 40}, 404, "unknown_vector"),
+    "no plan": ({"safety_vector": "sv-unplanned"}, 422, "no_plan"),
+    "flipped bit": ({"safety_vector": "sv-flipped"}, 422, "refused"),
+    "not finite": ({"safety_vector": "sv-nan"}, 422, "refused"),
+    "another epoch": ({"safety_vector": "sv-b", "expected_epoch": 999}, 409, "wrong_epoch"),
+    "no current.json": ({"safety_vector": "@current"}, 422, "refused"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_is_refused_changes_nothing(server, name):
+    body, status, code = BAD[name]
+    before, tokens = server.status(), server.tokens()
+    answered, document = server.post("/v1/enchtable/swap", body)
+    assert (answered, document["error"]["code"]) == (status, code), document
+    assert document["error"]["message"]
+    after = server.status()
+    for key in ("active", "epoch", "weight_version", "rolls_back_to", "ready"):
+        assert after[key] == before[key]
+    assert server.tokens() == tokens
+
+
+def test_infinity_is_no_beta(server):
+    content = '{"safety_vector": "sv-b", "beta": Infinity}'
+    answer = server.http.post("/v1/enchtable/swap", content=content, headers=live.ADMIN)
+    assert answer.status_code == 422
+
+
+def test_what_is_missing_is_named_with_its_command(server, root):
+    _, document = server.swap("sv-unplanned")
+    fix = document["error"]["fix"]
+    assert fix.startswith("enchtable plan --task-model ")
+    assert fix.endswith(f"-o {root.plan('sv-unplanned')}")
+
+
+def test_a_link_out_of_the_root_is_no_vector(server, root):
+    link = root.path / "sv-link"
+    link.symlink_to(root.family.vector)
+    try:
+        answered, document = server.swap("sv-link")
+    finally:
+        link.unlink()
+    assert (answered, document["error"]["code"]) == (404, "unknown_vector")
+    assert "a link out of it" in document["error"]["message"]
+
+
+def test_swap_and_rollback(server):
+    weights, tokens, version = server.weights(), server.tokens(), server.status()["weight_version"]
+    epoch = server.status()["epoch"]
+    answer = server.swapped("sv-b")
+    assert (answer["from"], answer["to"], answer["epoch"]) == ("sv-a", "sv-b", epoch + 1)
+    assert 0 < answer["paused_seconds"] < answer["swap_seconds"]
+    status = server.status()
+    assert status["active"]["safety_vector"] == "sv-b"
+    assert status["weight_version"] == answer["weight_version"] != version
+    assert status["rolls_back_to"] == "sv-a"
+    assert status["swaps"][0]["outcome"] == "swapped"
+    assert status["engines"][0]["ranks"][0]["staged_bytes"] == 0
+    assert server.weights() != weights
+    assert server.swap("sv-b")[1]["outcome"] == "unchanged"
+    answered, back = server.rollback()
+    assert (answered, back["outcome"], back["to"]) == (200, "rolled_back", "sv-a")
+    assert (server.weights(), server.tokens()) == (weights, tokens)
+    assert server.status()["weight_version"] == version
+
+
+def test_another_beta_is_another_version(server):
+    first = server.status()["weight_version"]
+    answer = server.swapped("sv-a", beta=1.5)
+    assert answer["active"]["beta"] == 1.5
+    assert answer["weight_version"] != first
+    server.swapped("sv-a")
+    assert server.status()["weight_version"] == first
+
+
+def test_no_vector_is_served_only_when_asked_by_that_name(server):
+    server.swapped("@none")
+    status = server.status()
+    assert status["active"]["safety_vector"] == status["weight_version"] == "@none"
+    assert status["active"]["vector_digest"] is None
+    assert status["ready"]
+    assert server.swapped("sv-b")["from"] == "@none"
+
+
+def test_a_dry_run_changes_nothing(server):
+    before = server.status()
+    answered, document = server.swap("sv-b", dry_run=True)
+    assert (answered, document["outcome"]) == (200, "dry_run")
+    assert document["active"]["safety_vector"] == "sv-b"
+    assert document["paused_seconds"] == 0
+    assert server.status()["epoch"] == before["epoch"]
+    assert server.status()["active"] == before["active"]
+
+
+def test_vectors(server):
+    _, document = server.get("/v1/enchtable/vectors")
+    vectors = {entry["name"]: entry for entry in document["vectors"]}
+    assert vectors["sv-a"]["active"]
+    assert vectors["sv-b"]["planned"]
+    assert not vectors["sv-unplanned"]["planned"]
+    assert vectors["sv-b"]["digest"].startswith("blake3:")
+
+
+def test_of_two_at_once_one_wins_whichever_server_they_ask(server, fault):
+    """Two API servers have no lock between them: it is on the ranks."""
+    fault.write_text(json.dumps({"command": "stage", "do": "sleep", "seconds": SLOWLY}))
+    with ThreadPoolExecutor(6) as pool:
+        answers = list(pool.map(lambda _: server.swap("sv-b"), range(6)))
+    codes = sorted(answer[1].get("outcome") or answer[1]["error"]["code"] for answer in answers)
+    assert codes == ["swap_in_progress"] * 5 + ["swapped"]
+    assert server.status()["active"]["safety_vector"] == "sv-b"
+
+
+def test_serving_goes_on_while_a_vector_is_staged(server, fault):
+    fault.write_text(json.dumps({"command": "stage", "do": "sleep", "seconds": SLOWLY}))
+    with ThreadPoolExecutor(1) as pool:
+        swap = pool.submit(server.swapped, "sv-b")
+        time.sleep(0.5)
+        started = time.monotonic()
+        server.complete()
+        assert time.monotonic() - started < SLOWLY - 1
+        assert not swap.done()
+        assert swap.result()["paused_seconds"] < SLOWLY / 2
+
+
+def test_staging_that_takes_too_long_is_given_up(server, fault):
+    fault.write_text(json.dumps({"command": "stage", "do": "sleep", "seconds": SLOWLY}))
+    answered, document = server.swap("sv-b", timeout_seconds=0.5)
+    assert (answered, document["error"]["code"]) == (504, "timeout")
+    assert server.status()["active"]["safety_vector"] == "sv-a"
+    fault.unlink()
+    server.swapped("sv-b")  # the lock is free, and what was staged late is not taken for this
+    time.sleep(SLOWLY)
+    assert server.status()["active"]["safety_vector"] == "sv-b"
+
+
+def test_a_client_that_goes_away_does_not_stop_a_swap(server, fault):
+    fault.write_text(json.dumps({"command": "stage", "do": "sleep", "seconds": SLOWLY}))
+    body = {"safety_vector": "sv-b"}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(
+            f"{server.url}/v1/enchtable/swap", json=body, headers=KEY | live.ADMIN, timeout=0.5
+        )
+    deadline = time.monotonic() + 60
+    while server.status()["active"]["safety_vector"] != "sv-b":
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    while server.status()["state"] != "serving":
+        time.sleep(0.1)
+    assert server.status()["swaps"][0]["outcome"] == "swapped"
+
+
+@pytest.mark.parametrize("pause", ["keep", "wait", "abort"])
+def test_running_requests(server, pause):
+    """Kept and waited for they end as they would; aborted they say so."""
+    reasons = []
+
+    def run():
+        answer = server.complete(max_tokens=480, ignore_eos=True).json()
+        reasons.append(answer["choices"][0]["finish_reason"])
+
+    threads = [threading.Thread(target=run) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.2)
+    server.swapped("sv-b", pause=pause)
+    for thread in threads:
+        thread.join()
+    assert reasons == ["abort" if pause == "abort" else "length"] * 3
+
+
+def test_an_answer_tells_the_version_it_ended_with(server):
+    name = "X-Enchtable-Version"
+    version = server.status()["weight_version"]
+    assert server.complete().headers[name] == version
+    started = threading.Event()
+    kept = []
+
+    def run():
+        started.set()
+        kept.append(server.complete(max_tokens=480, ignore_eos=True).headers[name])
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    started.wait()
+    time.sleep(0.3)
+    after = server.swapped("sv-b")["weight_version"]
+    thread.join()
+    assert kept == [after]
+    assert server.complete().headers[name] == after != version
+
+
+def test_a_stream_tells_it_after_its_last_event(server):
+    body = {
+        "model": str(server.command[2]), "prompt": [1, 2, 3], "max_tokens": 4, "stream": True,
+        "detokenize": False,
+    }  # fmt: skip
+    response = server.http.post("/v1/completions", json=body)
+    assert response.status_code == 200
+    assert "X-Enchtable-Version" not in response.headers
+    *_, done, comment = [line for line in response.text.splitlines() if line]
+    assert done == "data: [DONE]"
+    assert comment == f": enchtable-version {server.status()['weight_version']}"
+
+
+def test_a_cached_prefix_is_not_used_with_other_weights(server):
+    """The KV cache is cleared: the same prompt gives what a fresh server gives."""
+    prompt = list(range(3, 83))
+    first = server.tokens(prompt=prompt)
+    server.swapped("sv-ffn", beta=8.0)
+    other = server.tokens(prompt=prompt)
+    server.swapped("sv-a")
+    assert server.tokens(prompt=prompt) == first != other
