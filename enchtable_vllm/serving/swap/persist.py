@@ -77,16 +77,16 @@ class Persistence:
         if swap is not None:
             if not swap.persist or swap.safety_vector == CURRENT:
                 return False
-            self.overwritten = {"was": before.model_dump() if before else None}
             _retried(lambda: root.set_current(swap.safety_vector, swap.beta))
+            self.overwritten = {"was": before.model_dump() if before else None}
             return True
         if swap_wrote is None:
             return False
         if before is None or before.safety_vector != source:
             _log.warning("current.json names another vector by now: it is left as it is")
             return False
-        self.overwritten = {"was": before.model_dump()}
         self._write_back(swap_wrote)
+        self.overwritten = {"was": before.model_dump()}
         return True
 
     def undo(self) -> None:
