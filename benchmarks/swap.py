@@ -63,7 +63,7 @@ def main() -> None:
         fresh, restart = _restart(task, folder)
         with _served(task, folder, "sv-a") as server, _load(server) as load:
             found = _swaps(server, options.swaps, fresh, load)
-            memory = _soak(server, options.soak, options.swaps, load) if options.soak else None
+            memory = _soak(server, options.soak, options.swaps) if options.soak else None
     raise SystemExit(_report(found, restart, load, memory))
 
 
@@ -214,7 +214,7 @@ def _swaps(
     return found
 
 
-def _soak(server: _Server, soak: int, done: int, load: _Load) -> tuple[int, int]:
+def _soak(server: _Server, soak: int, done: int) -> tuple[int, int]:
     """Memory when it has settled, and at the end."""
     before = 0
     for number in range(soak):

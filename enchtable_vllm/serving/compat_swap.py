@@ -16,8 +16,9 @@ vllm/plugins/endpoint_plugins/interface.py describes. Internals, each named wher
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import aclosing, contextmanager
 from typing import Any
 
@@ -27,6 +28,7 @@ from vllm.model_executor.layers.linear import LinearBase
 from vllm.v1.worker.worker_base import WorkerBase
 
 __all__ = [
+    "EngineGoneError",
     "Engines",
     "add_worker_method",
     "engines_of",
@@ -44,6 +46,8 @@ __all__ = [
     "task_model_of",
 ]
 
+#: How often a call looks whether the engine is still there.
+_HEARTBEAT_SECONDS = 0.5
 
 # Ranks.
 
@@ -184,6 +188,10 @@ def _without_complaints() -> Iterator[None]:
 # The API server's side.
 
 
+class EngineGoneError(Exception):
+    """There is nobody who could answer any more."""
+
+
 class Engines:
     """All engines behind an API server.
 
@@ -202,9 +210,8 @@ class Engines:
             several ranks, vLLM would mix up later answers.
         """
         core = self._client.engine_core
-        return list(
-            await core.call_utility_all_async("collective_rpc", method, None, arguments, None)
-        )
+        called = core.call_utility_all_async("collective_rpc", method, None, arguments, None)
+        return list(await self._while_alive(called))
 
     async def call_in_turn(
         self, method: str, *arguments: object, until: Callable[[list[Any]], bool]
@@ -215,9 +222,10 @@ class Engines:
         """
         core, answers = self._client.engine_core, []
         for engine in core.core_engines:
-            answer = await core._call_utility_async(
+            called = core._call_utility_async(
                 "collective_rpc", method, None, arguments, None, engine=engine
             )
+            answer = await self._while_alive(called)
             answers.append(answer)
             if until(answer):
                 break
@@ -226,28 +234,44 @@ class Engines:
     async def is_paused(self) -> bool:
         """Whether generation is paused on any engine."""
         core = self._client.engine_core
-        return any(await core.call_utility_all_async("is_scheduler_paused"))
+        called = core.call_utility_all_async("is_scheduler_paused")
+        return any(await self._while_alive(called))
 
     async def pause(self, mode: str) -> None:
         """Pause generation on all engines and clear their KV caches."""
-        await self._client.pause_generation(mode=mode, clear_cache=True)
+        await self._while_alive(self._client.pause_generation(mode=mode, clear_cache=True))
 
     async def resume(self) -> None:
         """Let generation go on."""
-        await self._client.resume_generation()
+        await self._while_alive(self._client.resume_generation())
 
     async def set_version(self, version: str) -> None:
         """Name the weights that answers are computed with from now on."""
-        await self._client.update_weight_version(version)
+        await self._while_alive(self._client.update_weight_version(version))
 
     async def version(self) -> str:
         """The name of the weights."""
-        return str(await self._client.get_weight_version())
+        return str(await self._while_alive(self._client.get_weight_version()))
 
     @property
     def dead(self) -> bool:
         """Whether an engine has died: vLLM then ends the server."""
         return bool(self._client.errored)
+
+    async def _while_alive(self, called: Awaitable[Any]) -> Any:
+        """What was called for, unless the engine dies.
+
+        VLLM leaves such calls without an answer, and a request that waits for one keeps the
+        server from ending.
+        """
+        task = asyncio.ensure_future(called)
+        try:
+            while not (await asyncio.wait({task}, timeout=_HEARTBEAT_SECONDS))[0]:
+                if self.dead:
+                    raise EngineGoneError("the engine died")
+            return task.result()
+        finally:
+            task.cancel()
 
 
 def engines_of(client: Any) -> tuple[Engines | None, str]:

@@ -13,13 +13,34 @@ from blake3 import blake3
 
 from enchtable_vllm.checkpoint import short
 from enchtable_vllm.merge import MergeReport
+from enchtable_vllm.merge.report import Rounding
+from enchtable_vllm.plan import ResolvedPlan
 from enchtable_vllm.plan.vector_root import NO_VECTOR
 from enchtable_vllm.serving.choice import Choice
 from enchtable_vllm.serving.config import LoaderConfig
-from enchtable_vllm.serving.prepare import OpenTask
+from enchtable_vllm.serving.prepare import OpenTask, Prepared
 
 #: How many vectors a server can go back through, and how many swaps it tells of.
 _HISTORY = 20
+
+
+def _identity(resolved: ResolvedPlan | None, rounding: Rounding | None) -> dict[str, Any]:
+    if resolved is None:
+        return dict.fromkeys(("vector_digest", "plan_digest", "beta", "scope", "rounding"))
+    return {
+        "vector_digest": resolved.plan.safety_vector.fingerprint,
+        "plan_digest": resolved.digest,
+        "beta": resolved.beta,
+        "scope": resolved.scope,
+        "rounding": rounding,
+    }
+
+
+def merge_identity(prepared: Prepared | None) -> dict[str, Any]:
+    """The identity that a merge would have: see `Active.identity`."""
+    if prepared is None:
+        return _identity(None, None)
+    return _identity(prepared.resolved, prepared.config.rounding)
 
 
 @dataclass(frozen=True)
@@ -44,16 +65,10 @@ class Active:
     @property
     def identity(self) -> dict[str, Any]:
         """What tells one merge from another: two ranks that agree in it serve the same."""
-        if self.report is None:
-            return dict.fromkeys(("vector_digest", "plan_digest", "beta", "scope", "rounding"))
-        resolved = self.report.resolved
-        return {
-            "vector_digest": resolved.plan.safety_vector.fingerprint,
-            "plan_digest": resolved.digest,
-            "beta": resolved.beta,
-            "scope": resolved.scope,
-            "rounding": self.report.rounding,
-        }
+        resolved, rounding = (None, None)
+        if self.report is not None:
+            resolved, rounding = self.report.resolved, self.report.rounding
+        return _identity(resolved, rounding)
 
     @property
     def weight_version(self) -> str:

@@ -126,7 +126,7 @@ def test_what_would_not_fit_into_host_memory_is_refused(root, tmp_path):
         answered, document = small.swap("sv-b")
         assert (answered, document["error"]["code"]) == (507, "does_not_fit")
         assert "'staging_gib'" in document["error"]["message"]
-        assert small.swap("sv-a")[1]["outcome"] == "unchanged"
+        assert small.swap("sv-a")[1]["outcome"] == "unchanged"  # which takes none
 
 
 @pytest.mark.parametrize("command", ["poll", "commit"])

@@ -18,10 +18,11 @@ from enchtable_vllm.errors import MismatchError, NotSwappableError
 from enchtable_vllm.serving import compat, compat_swap
 from enchtable_vllm.serving.choice import Choice, choose
 from enchtable_vllm.serving.prepare import OpenTask, Prepared, open_task, prepare
-from enchtable_vllm.serving.room import Active, Room, room_of
+from enchtable_vllm.serving.room import Active, Room, merge_identity, room_of
 from enchtable_vllm.serving.swap.describe import describe_active, describe_error, describe_modules
 from enchtable_vllm.serving.swap.probe import served_digest
 from enchtable_vllm.serving.swap.staging import (
+    NOTHING,
     Side,
     Staged,
     StagingCancelled,
@@ -225,13 +226,12 @@ class Rank:
         if room.broken is not None or compat_swap.has_meta_tensors(model):
             compat_swap.restore_after_failed_reload(model)
         answer = self._put_in(swap.staged.old)
-        if answer["ok"]:
-            swap.touched = False
-            if swap.unpublished is not None:
-                room.active, room.epoch, before = swap.unpublished
-                room.before.clear()
-                room.before.extend(before)
-                swap.unpublished = None
+        if answer["ok"] and swap.unpublished is not None:
+            room.active, room.epoch, before = swap.unpublished
+            room.before.clear()
+            room.before.extend(before)
+            swap.unpublished = None
+        # Still touched: another rank may not be back yet, and needs this one to wait for it.
         return answer
 
     def give_up(self, swap: _Swap, reason: str) -> Answer:
@@ -287,7 +287,11 @@ class Rank:
                 choice = swap.back_to.choice
             else:
                 choice = choose(self._room.start, safety_vector, beta, task)
-            old, new = self._prepare(self._room.active.choice, task), self._prepare(choice, task)
+            active = self._room.active
+            old, new = self._prepare(active.choice, task), self._prepare(choice, task)
+            if (merge_identity(new), choice.name) == (active.identity, active.name):
+                swap.wanted, swap.staged = Active(choice, active.report), NOTHING
+                return
             job = StagingJob(
                 task,
                 old,
@@ -300,7 +304,7 @@ class Rank:
             )
             self._refuse_packed(model, job.names())
             staged = job.run()
-            self._refuse_another(self._room.active, Active(choice, staged.old.report))
+            self._refuse_another(active, Active(choice, staged.old.report))
             wanted = Active(choice, staged.new.report)
             if swap.back_to is not None:
                 self._refuse_another(swap.back_to, wanted)

@@ -54,6 +54,11 @@ class Staged:
         return sum(tensor.nbytes for side in sides for tensor in side.values())
 
 
+_EMPTY = Side({}, combine_digests({}), None)
+#: From no vector to no vector, or to the very one that is served.
+NOTHING = Staged(_EMPTY, _EMPTY, 0.0)
+
+
 @dataclass(frozen=True)
 class StagingJob:
     """What staging needs to know of its rank.
@@ -88,8 +93,7 @@ class StagingJob:
         started = time.perf_counter()
         names = self.names()
         if not names:
-            empty = Side({}, combine_digests({}), None)
-            return Staged(empty, empty, 0.0)
+            return NOTHING
         size = sum(self.task.checkpoint.nbytes(name) for name in names)
         refuse_too_much(2 * size, self.ranks, self.staging_gib)
         old, new = self._side(self.old, names), self._side(self.new, names)
