@@ -3,7 +3,7 @@ VENV ?= .venv
 READY := $(VENV)/.ready
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test test-gpu test-slow test-matrix supported lint types format bench bench-plan bench-load fuzz clean
+.PHONY: help setup system-deps demo test test-gpu test-slow test-matrix supported lint types format bench bench-plan bench-load fuzz clean
 help: ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /|/' | column -t -s '|'
 
@@ -12,6 +12,9 @@ $(READY): pyproject.toml deploy/cpu/install.sh deploy/cpu/vllm-on-cpu/pyproject.
 	@touch $@
 
 setup: $(READY) ## Make .venv.
+
+system-deps: ## Install what the tests need from the system: Debian's prometheus, with promtool.
+	@bash deploy/system-deps.sh
 
 demo: $(READY) ## Train, distil, plan, serve a real small model. KEEP=1 leaves it running.
 	@$(BIN)/enchtable demo $(if $(KEEP),--keep) $(if $(PORT),--port $(PORT))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from typing import NamedTuple
 
 from blake3 import blake3
 from filelock import FileLock
@@ -21,6 +22,20 @@ from enchtable_vllm.vector import SafetyVector
 _COMPUTATION = 2
 
 
+class CachedPlan(NamedTuple):
+    """A plan, and whether it was at hand.
+
+    Attributes:
+        plan: As read.
+        digest: Of its file.
+        hit: Whether it was there before it was asked for.
+    """
+
+    plan: MergePlan
+    digest: str
+    hit: bool
+
+
 def cached_plan(
     task: Location,
     base: Location,
@@ -28,8 +43,8 @@ def cached_plan(
     options: PlanOptions,
     *,
     progress: Progress = silent,
-) -> tuple[MergePlan, str]:
-    """The plan for these inputs and the digest of its file; computed only if not at hand.
+) -> CachedPlan:
+    """The plan for these inputs; computed only if not at hand.
 
     The first of several ranks computes; the others wait for its file. An interrupted
     computation continues at the next start. Several machines make
@@ -57,14 +72,14 @@ def cached_plan(
                 with suppress(MergePlanError):  # damaged: computed again
                     cached = read_plan(path)
                     resolve_plan(*cached)
-                    return cached
+                    return CachedPlan(*cached, hit=True)
             with (
                 FileTransaction(path) as partial,
                 Journal(folder / f"{key}.journal") as journal,
             ):
                 plan = compute_plan(task, base, vector, options, journal=journal, progress=progress)
                 partial.write_text(plan.to_json(), encoding="utf-8")
-            return read_plan(path)
+            return CachedPlan(*read_plan(path), hit=False)
     except OSError as error:
         raise ConfigError(
             f"plan cache '{folder}'",

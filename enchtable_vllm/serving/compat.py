@@ -8,7 +8,8 @@ Which versions were tested: `versions`, and docs/versions.md. Public extension p
   an expert of another rank from a tensor that went missing;
 * the inner loader's ``load_config.load_format``, to know whose tensors stay valid;
 * ``ModelConfig.runner_type == "draft"``, to leave draft models alone;
-* ``ModelConfig.model`` and ``revision``, to read the weights from the folder that was checked.
+* ``ModelConfig.model`` and ``revision``, to read the weights from the folder that was checked;
+* ``AggregateStatLoggerBase``, what a stat logger must be.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ __all__ = [
     "read_from",
     "register",
     "shows_progress",
+    "stat_logger_base",
     "target_device",
 ]
 
@@ -175,6 +177,13 @@ def shows_progress(load_config: LoadConfig) -> bool:
     distributed = torch.distributed
     first = not distributed.is_initialized() or distributed.get_rank() == 0
     return bool(load_config.use_tqdm_on_load) and first
+
+
+def stat_logger_base() -> type:
+    """What a class of ``vllm.stat_logger_plugins`` must be, to be made once in each API server."""
+    from vllm.v1.metrics.loggers import AggregateStatLoggerBase  # only there: it imports a lot
+
+    return cast(type, AggregateStatLoggerBase)
 
 
 #: What exchanging vectors in a running server will need: name → (module, attribute, parameter).

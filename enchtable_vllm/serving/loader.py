@@ -16,11 +16,13 @@ from tqdm.auto import tqdm
 
 from enchtable_vllm.errors import EnchTableError, IncompleteMergeError, MismatchError
 from enchtable_vllm.merge import MergeStream, under_both_names
-from enchtable_vllm.serving import compat, compat_swap, last_word
+from enchtable_vllm.serving import compat, compat_swap, last_word, records
 from enchtable_vllm.serving.choice import Choice, choose_at_start
 from enchtable_vllm.serving.config import LoaderConfig
 from enchtable_vllm.serving.prepare import OpenTask, Prepared, open_task, prepare
 from enchtable_vllm.serving.room import Active, Room, enter, room_of
+from enchtable_vllm.serving.spans import span
+from enchtable_vllm.serving.swap.describe import describe_active, describe_modules
 from enchtable_vllm.serving.swap.rank import WORKER_METHOD, answer
 
 _log = compat.logger("loader")
@@ -87,11 +89,14 @@ class EnchTableModelLoader(compat.BaseModelLoader):  # type: ignore[misc]  # vll
                 is given up.
         """
         self._draft = compat.is_draft(vllm_config, model_config)
-        if not self._draft:
-            compat_swap.add_worker_method(WORKER_METHOD, answer)
-            self._found = self._find(model_config, compat.target_device(vllm_config))
-            self._found.refuse_disagreement()
-        model: torch.nn.Module = super().load_model(vllm_config, model_config, prefix)
+        model: torch.nn.Module
+        with span("enchtable.load", model=model_config.model, draft=self._draft):
+            if not self._draft:
+                compat_swap.add_worker_method(WORKER_METHOD, answer)
+                with span("enchtable.prepare"):
+                    self._found = self._find(model_config, compat.target_device(vllm_config))
+                    self._found.refuse_disagreement()
+            model = super().load_model(vllm_config, model_config, prefix)
         return model
 
     def load_weights(self, model: torch.nn.Module, model_config: compat.ModelConfig) -> None:
@@ -110,7 +115,7 @@ class EnchTableModelLoader(compat.BaseModelLoader):  # type: ignore[misc]  # vll
         if found.prepared is None:
             _log.warning(_UNMERGED, model_config.model)
             self._inner.load_weights(model, pinned)
-            enter(model, Room(self.config, found.task, Active(found.choice, None)))
+            self._enter(model, found.task, Active(found.choice, None))
             return
         stream = self._stream(found.prepared, model)
         # The inner loader iterates its own `get_all_weights`; give it the merged one.
@@ -129,7 +134,8 @@ class EnchTableModelLoader(compat.BaseModelLoader):  # type: ignore[misc]  # vll
                 got="a model that stopped reading before the end",
                 fix="Report this with the model's architecture; it cannot be served merged.",
             )
-        enter(model, Room(self.config, found.task, Active(found.choice, stream.report)))
+        active = Active(found.choice, stream.report, found.prepared.plan_source)
+        self._enter(model, found.task, active)
 
     def get_all_weights(
         self, model_config: compat.ModelConfig, model: torch.nn.Module
@@ -179,6 +185,11 @@ class EnchTableModelLoader(compat.BaseModelLoader):  # type: ignore[misc]  # vll
         return _Found(
             task, choice, prepare(choice.config, task, device=plans_on, progress=progress)
         )
+
+    def _enter(self, model: torch.nn.Module, task: OpenTask, active: Active) -> None:
+        """Remember what was loaded, here and for the API servers."""
+        enter(model, Room(self.config, task, active))
+        records.leave(describe_active(active) | {"modules": describe_modules(active)})
 
     def _stream(self, prepared: Prepared, model: torch.nn.Module) -> MergeStream:
         bar = self._bar("Loading weights, merging", total=len(prepared.resolved.plan.tensors))

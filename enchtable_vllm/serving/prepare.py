@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from enchtable_vllm.checkpoint import (
     Checkpoint,
@@ -36,6 +38,22 @@ from enchtable_vllm.vector.safety_vector import VECTOR_PATTERNS
 
 
 @dataclass(frozen=True)
+class PlanSource:
+    """Where a plan came from.
+
+    Attributes:
+        plan_cache: Of one that is computed at load, whether it was at hand; None: made ahead.
+        plan_seconds: How long computing it took, or finding it in the cache.
+    """
+
+    plan_cache: Literal["hit", "miss"] | None = None
+    plan_seconds: float | None = None
+
+
+MADE_AHEAD = PlanSource()
+
+
+@dataclass(frozen=True)
 class OpenTask:
     """A task model whose headers are checked.
 
@@ -64,6 +82,7 @@ class Prepared:
         vector: The safety vector.
         masks: The plan's, if it has any.
         config: What they were found by.
+        plan_source: Where the plan came from.
     """
 
     task: OpenTask
@@ -71,6 +90,7 @@ class Prepared:
     vector: SafetyVector
     masks: MergeMasks | None
     config: LoaderConfig
+    plan_source: PlanSource
 
 
 def open_task(
@@ -109,13 +129,15 @@ def prepare(
     Raises:
         EnchTableError: Anything is missing, malformed, or does not belong together.
     """
-    masks = None
+    masks, source = None, MADE_AHEAD
     if config.base_model is not None:
         assert config.safety_vector is not None  # LoaderConfig sees to it
         vector = SafetyVector.open(config.safety_vector, cache_dir=task.cache_dir)
         base = locate(config.base_model, cache_dir=task.cache_dir, what="base model")
         options = PlanOptions(device=device)
-        plan, digest = cached_plan(task.location, base, vector, options, progress=progress)
+        began = time.perf_counter()
+        plan, digest, hit = cached_plan(task.location, base, vector, options, progress=progress)
+        source = PlanSource("hit" if hit else "miss", time.perf_counter() - began)
     else:
         path = _find_plan(config, task.location, task.cache_dir)
         plan, digest = read_plan(path)
@@ -126,7 +148,7 @@ def prepare(
     resolved.check_task_model(task.fingerprint, task.checkpoint.what)
     resolved.check_headers(task.checkpoint, vector)
     check_rounding(config.rounding, resolved, task.checkpoint)
-    return Prepared(task, resolved, vector, masks, config)
+    return Prepared(task, resolved, vector, masks, config, source)
 
 
 def prepare_model(

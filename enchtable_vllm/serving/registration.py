@@ -21,10 +21,11 @@ def register() -> None:
         return
     _registered = True
     try:
-        from enchtable_vllm.serving import compat, last_word
+        from enchtable_vllm.serving import compat, last_word, records
 
         compat.register(LOAD_FORMAT, _make)
         last_word.install()
+        records.install()
     except Exception as error:
         # Whoever serves without us must not be stopped. Whoever asks for us is told by vLLM that
         # the format is unknown, and finds the reason in this line.

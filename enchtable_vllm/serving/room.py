@@ -18,7 +18,7 @@ from enchtable_vllm.plan import ResolvedPlan
 from enchtable_vllm.plan.vector_root import NO_VECTOR
 from enchtable_vllm.serving.choice import Choice
 from enchtable_vllm.serving.config import LoaderConfig
-from enchtable_vllm.serving.prepare import OpenTask, Prepared
+from enchtable_vllm.serving.prepare import MADE_AHEAD, OpenTask, PlanSource, Prepared
 
 #: How many vectors a server can go back through, and how many swaps it tells of.
 _HISTORY = 20
@@ -50,10 +50,12 @@ class Active:
     Attributes:
         choice: What was asked for.
         report: The outcome; None: no vector.
+        plan_source: Where the plan came from.
     """
 
     choice: Choice
     report: MergeReport | None
+    plan_source: PlanSource = MADE_AHEAD
 
     @property
     def name(self) -> str:

@@ -12,7 +12,7 @@ from fastapi import APIRouter, FastAPI
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from enchtable_vllm.serving import compat, compat_swap
+from enchtable_vllm.serving import compat, compat_swap, metrics
 from enchtable_vllm.serving.config import LoaderConfig
 from enchtable_vllm.serving.http.admin import HEADER, AdminToken
 from enchtable_vllm.serving.http.version_header import VersionHeader, note
@@ -70,7 +70,7 @@ class EnchTableEndpoints:
             _log.info("nothing to swap: %s", self._absent)
             return
         extra = engine_client.vllm_config.load_config.model_loader_extra_config
-        service = SwapService(engines, LoaderConfig.parse(extra), _Nobody())
+        service = SwapService(engines, LoaderConfig.parse(extra), metrics.shared())
         await service.start()
         compat_swap.note_versions(engine_client, note)
         self._service = service
@@ -81,6 +81,7 @@ class EnchTableEndpoints:
                 try:
                     return await handler(request)
                 except SwapError as error:
+                    metrics.shared().refused(error.code)
                     return JSONResponse(error.to_json(), error.status)
 
             extra = {} if body is None else schema(body)
@@ -154,12 +155,3 @@ def _documented_errors() -> dict[int | str, dict[str, Any]]:
         known = codes.setdefault(status, {"description": ""})
         known["description"] = ", ".join(filter(None, (known["description"], f"`{code}`")))
     return codes
-
-
-class _Nobody:
-    """Stands where metrics will be."""
-
-    def serving(self, status: dict[str, Any]) -> None: ...
-    def swapped(self, record: dict[str, Any]) -> None: ...
-    def refused(self, code: str) -> None: ...
-    def verification_failed(self, kind: str) -> None: ...

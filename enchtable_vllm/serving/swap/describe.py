@@ -62,6 +62,7 @@ def describe_active(active: Active) -> dict[str, Any]:
         "merged_digest": report.merged_digest,
         "merged_bytes": report.merged_bytes,
         "seconds": report.seconds,
+        **vars(active.plan_source),
     }
 
 

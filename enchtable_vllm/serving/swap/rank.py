@@ -17,7 +17,7 @@ import torch
 from enchtable_vllm.errors import MismatchError, NotSwappableError
 from enchtable_vllm.serving import compat, compat_swap
 from enchtable_vllm.serving.choice import Choice, choose
-from enchtable_vllm.serving.prepare import OpenTask, Prepared, open_task, prepare
+from enchtable_vllm.serving.prepare import MADE_AHEAD, OpenTask, Prepared, open_task, prepare
 from enchtable_vllm.serving.room import Active, Room, merge_identity, room_of
 from enchtable_vllm.serving.swap.describe import describe_active, describe_error, describe_modules
 from enchtable_vllm.serving.swap.probe import served_digest
@@ -305,7 +305,8 @@ class Rank:
             self._refuse_packed(model, job.names())
             staged = job.run()
             self._refuse_another(active, Active(choice, staged.old.report))
-            wanted = Active(choice, staged.new.report)
+            source = new.plan_source if new else MADE_AHEAD
+            wanted = Active(choice, staged.new.report, source)
             if swap.back_to is not None:
                 self._refuse_another(swap.back_to, wanted)
             swap.wanted = wanted

@@ -11,6 +11,7 @@ from enchtable_vllm.errors import EnchTableError
 from enchtable_vllm.plan.vector_root import VectorRoot
 from enchtable_vllm.serving import compat, compat_swap
 from enchtable_vllm.serving.config import LoaderConfig
+from enchtable_vllm.serving.spans import span
 from enchtable_vllm.serving.swap.describe import describe_error
 from enchtable_vllm.serving.swap.errors import SwapError
 from enchtable_vllm.serving.swap.rank import WORKER_METHOD
@@ -35,9 +36,6 @@ class Observer(Protocol):
 
     def swapped(self, record: dict[str, Any]) -> None:
         """A swap has ended, one way or the other."""
-
-    def refused(self, code: str) -> None:
-        """A request was not done."""
 
     def verification_failed(self, kind: str) -> None:
         """Something's bytes were not what they should be."""
@@ -140,7 +138,11 @@ class SwapService:
     async def _change(self, request: SwapRequest | RollbackRequest) -> dict[str, Any]:
         transaction = Transaction(self._engines, request, self._root())
         try:
-            answer = await transaction.run()
+            with span("enchtable.swap") as found:
+                try:
+                    answer = await transaction.run()
+                finally:
+                    found |= transaction.record.to_json()
         except SwapError as error:
             self._tell(error, transaction)
             raise
@@ -168,7 +170,6 @@ class SwapService:
 
     def _tell(self, error: SwapError, transaction: Transaction) -> None:
         _log.warning("swap not done (%s): %s", error.code, error.message)
-        self._observer.refused(error.code)
         if error.kind in ("SafetyVectorError", "NonFiniteError", "MismatchError"):
             self._observer.verification_failed(error.kind)
         if error.code not in ("swap_in_progress", "wrong_epoch"):
