@@ -6,13 +6,19 @@ import re
 import shutil
 import subprocess
 import time
-from contextlib import contextmanager
+from contextlib import suppress
 from urllib.parse import urlencode
 from urllib.request import urlopen
 
 from prometheus_client.parser import text_string_to_metric_families
 
 from enchtable_vllm.demo.server import free_port
+
+#: Of a ``vllm serve`` that is up soon.
+ARGUMENTS = [
+    "--dtype", "bfloat16", "--max-model-len", "128", "--max-num-seqs", "4", "--enforce-eager",
+    "--skip-tokenizer-init",
+]  # fmt: skip
 
 
 def program(name):
@@ -50,47 +56,54 @@ def lint(text):
     return done.stdout + done.stderr
 
 
-@contextmanager
-def scraping(url, folder, seconds=60):
-    """A real Prometheus that scrapes a server each second; gives a function that asks it."""
-    folder.mkdir()
-    target = url.removeprefix("http://")
-    config = {
-        "global": {"scrape_interval": "1s"},
-        "scrape_configs": [{"job_name": "vllm", "static_configs": [{"targets": [target]}]}],
-    }
-    (folder / "prometheus.yml").write_text(json.dumps(config))  # JSON is YAML
-    own = f"127.0.0.1:{free_port()}"
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(
-            [program("prometheus"), f"--config.file={folder}/prometheus.yml",
-             f"--storage.tsdb.path={folder}/data", f"--web.listen-address={own}"],
-            stdout=log, stderr=log,
-        )  # fmt: skip
+class Prometheus:
+    """A real one, on loopback, that scrapes a server each second.
 
-    def ask(query):
-        """Value of the one series that a query gives, or None."""
-        with urlopen(f"http://{own}/api/v1/query?{urlencode({'query': query})}") as answer:
+    Args:
+        url: The server.
+        folder: For its storage and log; made here.
+    """
+
+    def __init__(self, url, folder):
+        folder.mkdir()
+        targets = [{"targets": [url.removeprefix("http://")]}]
+        config = {
+            "global": {"scrape_interval": "1s"},
+            "scrape_configs": [{"job_name": "vllm", "static_configs": targets}],
+        }
+        (folder / "prometheus.yml").write_text(json.dumps(config))  # JSON is YAML
+        own = f"127.0.0.1:{free_port()}"
+        self._url = f"http://{own}/api/v1/query"
+        self._log = folder / "log"
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [program("prometheus"), f"--config.file={folder}/prometheus.yml",
+                 f"--storage.tsdb.path={folder}/data", f"--web.listen-address={own}"],
+                stdout=log, stderr=log,
+            )  # fmt: skip
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._process.terminate()
+        self._process.wait(30)
+
+    def ask(self, query):
+        """Value of the one series that a query gives; None: it gives none."""
+        with urlopen(f"{self._url}?{urlencode({'query': query})}", timeout=30) as answer:
             result = json.load(answer)["data"]["result"]
         assert len(result) <= 1, result
         return float(result[0]["value"][1]) if result else None
 
-    def until(query, value):
+    def ask_until(self, query, value, seconds=60):
         """Ask until the answer is as expected; the last answer."""
         deadline, seen = time.monotonic() + seconds, None
         while time.monotonic() < deadline:
-            assert process.poll() is None, (folder / "log").read_text()[-2000:]
-            try:
-                seen = ask(query)
-            except OSError:  # not up yet
-                seen = None
-            if seen is not None and math.isclose(seen, value, rel_tol=1e-12):
+            assert self._process.poll() is None, self._log.read_text()[-2000:]
+            with suppress(OSError):  # not up yet
+                seen = self.ask(query)
+            if seen is not None and math.isclose(seen, value, rel_tol=1e-9):
                 break
             time.sleep(0.5)
         return seen
-
-    try:
-        yield until
-    finally:
-        process.terminate()
-        process.wait(30)

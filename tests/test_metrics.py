@@ -164,14 +164,6 @@ def test_a_failed_server_and_ranks_that_disagree(one):
     assert (found["enchtable_ready"], found["enchtable_ranks_disagreeing"]) == (0, 1)
 
 
-def test_an_older_status_does_not_overwrite_a_newer_one(one):
-    """Another API server may have swapped between asking for a status and showing it."""
-    one.metrics.serving(status("sv-b", 2))
-    one.metrics.serving(status("sv-a", 1))
-    assert one.active() == ["sv-b"]
-    assert one.samples()["enchtable_epoch"] == 2
-
-
 def test_swaps_are_counted_by_outcome_and_timed(one):
     one.metrics.swapped(record(staged_bytes=7))
     one.metrics.swapped(record("refused", "stage", paused_seconds=0.0, swap_seconds=None))
@@ -313,9 +305,6 @@ def test_two_api_servers_show_one_truth(two, tmp_path):
         assert found['enchtable_swaps_total{outcome="swapped",phase="done"}'] == epoch
         assert found["enchtable_swap_seconds_count"] == epoch
     assert found[count] == 2 * 4
-    # A probe of the other one, with the status of before.
-    b.call("serving", status("@none", 3))
-    assert active(samples(scrape())) == ["sv-b"]
     b.call("serving", status("sv-b", 4, ready=False))
     found = samples(scrape())
     assert (found["enchtable_ready"], found[count]) == (0, 8)
@@ -326,17 +315,6 @@ def test_two_api_servers_show_one_truth(two, tmp_path):
     assert found['enchtable_refused_requests_total{reason="no_plan"}'] == 2
     assert found['enchtable_verification_failures_total{kind="MismatchError"}'] == 2
     assert lint(scrape()) == ""
-
-
-def test_a_process_shows_what_it_serves_though_an_earlier_run_left_files(two, tmp_path):
-    """A folder that was not wiped: epochs begin anew."""
-    a, b = two
-    a.call("serving", status("sv-old", 9))
-    b.call("serving", status("sv-new", 0))
-    registry = CollectorRegistry()
-    MultiProcessCollector(registry, str(tmp_path))
-    found = samples(generate_latest(registry).decode())
-    assert (active(found), found["enchtable_epoch"]) == (["sv-new"], 0)
 
 
 @pytest.fixture

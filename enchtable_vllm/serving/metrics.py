@@ -31,7 +31,8 @@ REASONS = tuple(STATUS)
 OUTCOMES = {
     "swapped": "done",
     "rolled_back": "done",
-    "dry_run": "done",
+    "unchanged": "done",
+    "dry_run": "stage",
     "refused": "stage",
     "undone": "commit",
     "failed": "commit",
@@ -125,7 +126,9 @@ class ServerMetrics:
             ),
         }
         self._plans = counter(
-            "enchtable_plan_cache", "Plans asked for at load, by where they came from.", ["result"]
+            "enchtable_plan_cache",
+            "Plans made from a base model, by whether they were at hand.",
+            ["result"],
         )
         self._attenuation = histogram(
             "enchtable_attenuation_ratio",
@@ -169,7 +172,6 @@ class ServerMetrics:
             "Vectors, plans or weights that were not what they should be, by error class.",
             ["kind"],
         )
-        self._told = False
         self._counted: tuple[str, ...] | None = None
         self._modules: set[str] = set()
         self._begin_at_zero()
@@ -184,11 +186,6 @@ class ServerMetrics:
                 also hold ``plan_seconds`` and ``plan_cache``.
         """
         epoch = int(status.get("epoch") or 0)
-        # Another API server may have swapped since this status was asked for. The first status
-        # of a process always counts: files of an earlier run may lie there.
-        if self._told and any(value > epoch for _, value in api_servers.shown(self._epoch)):
-            return
-        self._told = True
         active = status["active"]
         merged = active["vector_digest"] is not None
         self._show_active(status, active)

@@ -60,7 +60,8 @@ def _show() -> None:
         return
     from enchtable_vllm.serving import metrics
 
-    metrics.shared().serving(status_of(left))
+    status = status_of(left)
+    metrics.shared().serving(status)
     _log.info(
         "/metrics has what %d rank(s) loaded; with VLLM_PLUGINS=enchtable it has swaps too",
         len(left),

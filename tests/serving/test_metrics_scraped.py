@@ -4,21 +4,18 @@ Here without ``VLLM_PLUGINS``: what was loaded, as the log says it.
 """
 
 import re
+import subprocess
 import tempfile
 from pathlib import Path
 from urllib.request import urlopen
 
 import pytest
-from prometheus import lint, ours, samples, scraping
+from prometheus import ARGUMENTS, Prometheus, lint, ours, samples
 
 from enchtable_vllm.demo.server import Server, free_port
 from enchtable_vllm.plan import read_plan, resolve_plan
 from enchtable_vllm.plan.summary import summarize
 
-ARGUMENTS = [
-    "--dtype", "bfloat16", "--max-model-len", "128", "--max-num-seqs", "4", "--enforce-eager",
-    "--skip-tokenizer-init",
-]  # fmt: skip
 OURS = ["--load-format", "enchtable"]
 LINE = re.compile(
     r"safety vector merged: (?P<merged>\d+) merged, (?P<kept>\d+) kept, (?P<filtered>\d+) filtered;"
@@ -32,9 +29,23 @@ def _no_plugins(monkeypatch):
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
 
 
+@pytest.fixture
+def temporary(monkeypatch):
+    """The servers' own; its path is short, because vLLM puts sockets there."""
+    with tempfile.TemporaryDirectory() as folder:
+        monkeypatch.setenv("TMPDIR", folder)
+        yield Path(folder)
+
+
 def scrape(server):
     with urlopen(f"{server.url}/metrics", timeout=30) as answer:
         return ours(answer.read().decode())
+
+
+def fenced(document):
+    """The lines of a document's code blocks."""
+    text = (Path(__file__).parents[2] / document).read_text()
+    return "".join(re.findall(r"^```\n(.*?)^```", text, re.MULTILINE | re.DOTALL)).splitlines()
 
 
 def check_loaded(found, server, family):
@@ -68,15 +79,14 @@ def check_loaded(found, server, family):
 
 @pytest.mark.supports("metrics of loading without `VLLM_PLUGINS`, one API server and several")
 @pytest.mark.parametrize("api_servers", [1, 2])
-def test_what_was_loaded_is_scraped_without_vllm_plugins(family, tmp_path, api_servers):
-    before = set(Path(tempfile.gettempdir()).glob("enchtable-*"))
+def test_what_was_loaded_is_scraped_without_vllm_plugins(family, tmp_path, temporary, api_servers):
     arguments = [*OURS, *ARGUMENTS, "--api-server-count", str(api_servers)]
     with Server(family.task, arguments, tmp_path / "log", port=free_port()) as server:
         text = scrape(server)
         found = samples(text)
         check_loaded(found, server, family)
         assert lint(text) == ""
-        with scraping(server.url, tmp_path / "prometheus") as asked:
+        with Prometheus(server.url, tmp_path / "prometheus") as prometheus:
             for query, value in (
                 ('enchtable_tensors{fate="merged"}', found['enchtable_tensors{fate="merged"}']),
                 ("enchtable_active_vector_info == 1", 1),
@@ -84,9 +94,18 @@ def test_what_was_loaded_is_scraped_without_vllm_plugins(family, tmp_path, api_s
                 ("enchtable_merged_bytes", found["enchtable_merged_bytes"]),
                 ("count(enchtable_refused_requests_total)", 17),
             ):
-                assert asked(query, value) == value, query
+                assert prometheus.ask_until(query, value) == value, query
+            alerts = fenced("docs/metrics.md")
+            assert len(alerts) == 2
+            for alert in alerts:
+                assert prometheus.ask(alert) is None, alert
+        (command,) = [line for line in fenced("README.md") if line.endswith("grep ^enchtable_")]
+        command = command.replace("localhost:8000", server.url)
+        shown = subprocess.check_output(["bash", "-c", command], text=True)
+        assert samples(shown).keys() == found.keys()
         assert server.lines("/metrics has what 1 rank(s) loaded")
-    assert set(Path(tempfile.gettempdir()).glob("enchtable-*")) <= before
+        assert list(temporary.glob("enchtable-*.records/*.json"))
+    assert not list(temporary.glob("enchtable-*"))
 
 
 def test_a_server_that_did_not_ask_shows_nothing_and_says_nothing(family, tmp_path):

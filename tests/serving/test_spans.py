@@ -1,0 +1,121 @@
+"""Spans: a real collector that real servers send to, and nothing where nobody traces."""
+
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from prometheus import ARGUMENTS
+from vllm_runs import environment
+
+from enchtable_vllm.demo.server import Server, free_port
+
+
+class Collector:
+    """Takes OTLP over HTTP on loopback; gives the spans, each with its attributes."""
+
+    def __init__(self):
+        self.spans = []
+        collector = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
+                    for scope in resource.scope_spans:
+                        collector.spans += scope.spans
+                self.send_response(200)
+                self.end_headers()
+
+            def log_message(self, *_):
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}/v1/traces"
+
+    def __enter__(self):
+        threading.Thread(target=self._server.serve_forever).start()
+        return self
+
+    def __exit__(self, *_):
+        self._server.shutdown()
+        self._server.server_close()
+
+    def named(self, name):
+        return [span for span in self.spans if span.name == name]
+
+
+def test_loading_is_traced_inside_vllms_own_span(family, tmp_path, monkeypatch):
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "http/protobuf")
+    with Collector() as collector:
+        arguments = [
+            *ARGUMENTS, "--load-format", "enchtable", "--otlp-traces-endpoint", collector.url,
+        ]  # fmt: skip
+        with Server(family.task, arguments, tmp_path / "log", port=free_port()):
+            pass  # what is left is sent when it stops
+    (load,), (prepare,) = collector.named("enchtable.load"), collector.named("enchtable.prepare")
+    by_id = {span.span_id: span for span in collector.spans}
+    assert prepare.parent_span_id == load.span_id
+    assert by_id[load.parent_span_id].name.startswith("Loading")
+    assert load.start_time_unix_nano <= prepare.start_time_unix_nano
+    assert prepare.end_time_unix_nano <= load.end_time_unix_nano
+    attributes = {a.key: a.value for a in load.attributes}
+    assert attributes["enchtable.model"].string_value == str(family.task)
+    assert attributes["enchtable.draft"].bool_value is False
+
+
+IN_MEMORY = """
+from opentelemetry import trace
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+from enchtable_vllm.serving.spans import span
+
+exporter, provider = InMemorySpanExporter(), TracerProvider()
+provider.add_span_processor(SimpleSpanProcessor(exporter))
+with span("enchtable.early", lost=True):  # before there is a provider
+    pass
+trace.set_tracer_provider(provider)
+try:
+    with span("enchtable.swap", to="sv-b", beta=None) as found:
+        found["paused_seconds"] = 0.5
+        raise ValueError("no")
+except ValueError:
+    pass
+(one,) = exporter.get_finished_spans()
+assert (one.name, dict(one.attributes)) == (
+    "enchtable.swap", {"enchtable.to": "sv-b", "enchtable.paused_seconds": 0.5}
+), one
+assert one.status.status_code is trace.StatusCode.ERROR
+assert [event.name for event in one.events] == ["exception"]
+"""
+
+WITHOUT = """
+import sys
+sys.modules["opentelemetry"] = None  # as if it were not installed
+
+from enchtable_vllm.serving.spans import span
+
+with span("enchtable.load", model="m") as found:
+    found["merged"] = 1
+try:
+    with span("enchtable.load"):
+        raise ValueError("no")
+except ValueError:
+    pass
+else:
+    raise AssertionError("swallowed")
+"""
+
+
+@pytest.mark.parametrize("script", [IN_MEMORY, WITHOUT], ids=["traced", "not installed"])
+def test_a_span_tells_what_was_found_and_lets_errors_through(script):
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False,
+        env=environment(),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
