@@ -164,6 +164,13 @@ def test_a_failed_server_and_ranks_that_disagree(one):
     assert (found["enchtable_ready"], found["enchtable_ranks_disagreeing"]) == (0, 1)
 
 
+def test_ranks_that_do_not_answer_are_not_ready(one):
+    one.metrics.serving(status())
+    one.metrics.silent()
+    assert one.samples()["enchtable_ready"] == 0
+    assert one.active() == ["sv-a"]
+
+
 def test_swaps_are_counted_by_outcome_and_timed(one):
     one.metrics.swapped(record(staged_bytes=7))
     one.metrics.swapped(record("refused", "stage", paused_seconds=0.0, swap_seconds=None))

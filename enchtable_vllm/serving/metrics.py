@@ -202,6 +202,11 @@ class ServerMetrics:
             self._count_merge(epoch, status)
 
     @_harmless
+    def silent(self) -> None:
+        """Show that the ranks do not answer: nobody can say what they serve."""
+        self._ready.set(0)
+
+    @_harmless
     def swapped(self, record: Mapping[str, Any]) -> None:
         """Count a swap that this process was asked for, whatever became of it.
 

@@ -34,6 +34,9 @@ class Observer(Protocol):
     def serving(self, status: dict[str, Any]) -> None:
         """What is served now, as ``GET /v1/enchtable/status`` tells it."""
 
+    def silent(self) -> None:
+        """The ranks do not answer."""
+
     def swapped(self, record: dict[str, Any]) -> None:
         """A swap has ended, one way or the other."""
 
@@ -107,6 +110,7 @@ class SwapService:
                     status = await self.status()
                     ready, reason = status["ready"], status["reason"]
                 except Exception as error:
+                    self._observer.silent()
                     ready, reason = False, f"{type(error).__name__}: {error}"
                 self._ready = (time.monotonic(), ready, reason)
             return ready, reason
