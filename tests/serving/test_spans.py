@@ -3,9 +3,11 @@
 import subprocess
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from live import Live, make_root
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from prometheus import ARGUMENTS
 from vllm_runs import environment
@@ -46,6 +48,12 @@ class Collector:
     def named(self, name):
         return [span for span in self.spans if span.name == name]
 
+    def wait_for(self, *names, many=1, seconds=30):
+        deadline = time.monotonic() + seconds
+        while any(len(self.named(name)) < many for name in names):
+            assert time.monotonic() < deadline, {span.name for span in self.spans}
+            time.sleep(0.2)
+
 
 def test_loading_is_traced_inside_vllms_own_span(family, tmp_path, monkeypatch):
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
@@ -55,7 +63,8 @@ def test_loading_is_traced_inside_vllms_own_span(family, tmp_path, monkeypatch):
             *ARGUMENTS, "--load-format", "enchtable", "--otlp-traces-endpoint", collector.url,
         ]  # fmt: skip
         with Server(family.task, arguments, tmp_path / "log", port=free_port()):
-            pass  # what is left is sent when it stops
+            # A stopped worker may be killed before it has sent what it holds back.
+            collector.wait_for("enchtable.load", "enchtable.prepare", "Loading (CPU)")
     (load,), (prepare,) = collector.named("enchtable.load"), collector.named("enchtable.prepare")
     by_id = {span.span_id: span for span in collector.spans}
     assert prepare.parent_span_id == load.span_id
@@ -65,6 +74,29 @@ def test_loading_is_traced_inside_vllms_own_span(family, tmp_path, monkeypatch):
     attributes = {a.key: a.value for a in load.attributes}
     assert attributes["enchtable.model"].string_value == str(family.task)
     assert attributes["enchtable.draft"].bool_value is False
+
+
+def test_a_swap_is_traced_by_the_api_server_that_was_asked(family, tmp_path):
+    root = make_root(family, tmp_path / "vectors")
+    http = {"OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf"}
+    with Collector() as collector:
+        arguments = ["--enforce-eager", "--otlp-traces-endpoint", collector.url]
+        with Live(root, tmp_path / "log", *arguments, variables=http) as server:
+            server.swapped("sv-b")
+            assert server.swap("sv-unplanned")[0] == 422
+            collector.wait_for("enchtable.swap", many=2)
+    done, refused = (
+        {a.key.removeprefix("enchtable."): a.value.string_value for a in span.attributes}
+        for span in collector.named("enchtable.swap")
+    )
+    assert {k: done[k] for k in ("from", "to", "outcome", "phase")} == {
+        "from": "sv-a", "to": "sv-b", "outcome": "swapped", "phase": "done",
+    }  # fmt: skip
+    assert (refused["outcome"], refused["phase"], refused["code"]) == (
+        "refused",
+        "stage",
+        "no_plan",
+    )
 
 
 IN_MEMORY = """
