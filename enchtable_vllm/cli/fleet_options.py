@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,6 @@ import typer
 from enchtable_vllm.cli.output import warn
 from enchtable_vllm.errors import ConfigError
 from enchtable_vllm.fleet import Client, Credentials, Target
-from enchtable_vllm.fleet.credentials import without_tokens
 from enchtable_vllm.fleet.documents import Pause
 from enchtable_vllm.fleet.schedule import parse_duration
 from enchtable_vllm.fleet.targets import read_targets
@@ -104,11 +102,11 @@ class Access:
         Raises:
             ConfigError: There is no admin token, or a file cannot be read.
         """
+        credentials = Credentials.find(self.admin_token_file, self.api_key_file)
         if admin:
-            credentials = Credentials.find(self.admin_token_file, self.api_key_file)
             credentials.require_admin()
         else:
-            credentials = Credentials.find(None, self.api_key_file, without_tokens(os.environ))
+            credentials = Credentials(api_key=credentials.api_key)
         openly = [target.url for target in targets if target.sends_openly]
         if openly and (credentials.admin or credentials.api_key):
             more = f" and {len(openly) - 1} more" if len(openly) > 1 else ""

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import httpx
 
+from enchtable_vllm.envs import without_admin_token
 from enchtable_vllm.errors import ConfigError, EnchTableError, printable
 from enchtable_vllm.fleet.client import Client, ServerRefused
-from enchtable_vllm.fleet.credentials import without_tokens
 from enchtable_vllm.fleet.documents import Goal
 from enchtable_vllm.fleet.exchange import faults
 
@@ -122,7 +122,7 @@ async def _run(words: Sequence[str], timeout: float, variables: Mapping[str, str
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
-            env={**without_tokens(os.environ), **variables},
+            env={**without_admin_token(), **variables},
             start_new_session=True,  # an interrupt of ours is not its; killed with its children
         )
     except OSError as error:

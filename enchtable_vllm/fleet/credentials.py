@@ -7,16 +7,14 @@ a journal or a message: a `Secret` does not print.
 from __future__ import annotations
 
 import ipaddress
-import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from enchtable_vllm import envs
 from enchtable_vllm.errors import ConfigError
 
 ADMIN_HEADER = "X-Enchtable-Admin-Token"
-_ADMIN, _ADMIN_FILE, _API = "ENCHTABLE_ADMIN_TOKEN", "ENCHTABLE_ADMIN_TOKEN_FILE", "VLLM_API_KEY"
 
 
 class Secret:
@@ -61,33 +59,23 @@ class Credentials:
     api_key: Secret | None = None
 
     @classmethod
-    def find(
-        cls,
-        admin_token_file: Path | None = None,
-        api_key_file: Path | None = None,
-        environment: Mapping[str, str] = os.environ,
-    ) -> Self:
-        """From files that were named, or else from the environment.
-
-        ``ENCHTABLE_ADMIN_TOKEN``, or the file that ``ENCHTABLE_ADMIN_TOKEN_FILE`` names, as a
-        server does it; ``VLLM_API_KEY``. Not ``OPENAI_API_KEY``: where it is set, it is mostly
-        the key of another service, and would be sent to each target.
+    def find(cls, admin_token_file: Path | None = None, api_key_file: Path | None = None) -> Self:
+        """From files that were named, or else from the environment (see `envs`).
 
         Raises:
             ConfigError: A file cannot be read, or holds no token.
         """
-        admin: Secret | None = None
+        admin, api_key = None, None
         if admin_token_file is not None:
             admin = _from_file(admin_token_file)
-        elif text := environment.get(_ADMIN):
-            admin = Secret(text, _ADMIN)
-        elif name := environment.get(_ADMIN_FILE):
-            admin = _from_file(Path(name))
-        api_key: Secret | None = None
+        elif (text := envs.admin_token()) is not None:
+            admin = Secret(text, "ENCHTABLE_ADMIN_TOKEN")
+        elif (path := envs.admin_token_file()) is not None:
+            admin = _from_file(path)
         if api_key_file is not None:
             api_key = _from_file(api_key_file)
-        elif text := environment.get(_API):
-            api_key = Secret(text, _API)
+        elif (text := envs.api_key()) is not None:
+            api_key = Secret(text, "VLLM_API_KEY")
         return cls(admin, api_key)
 
     def headers(self, path: str, *, admin: bool) -> dict[str, str]:
@@ -108,15 +96,10 @@ class Credentials:
         if self.admin is None:
             raise ConfigError(
                 "the admin token",
-                expected=f"{_ADMIN}, {_ADMIN_FILE} or --admin-token-file",
+                expected="ENCHTABLE_ADMIN_TOKEN, ENCHTABLE_ADMIN_TOKEN_FILE or --admin-token-file",
                 got="none of them",
                 fix="Give the token that the servers were started with.",
             )
-
-
-def without_tokens(environment: Mapping[str, str]) -> dict[str, str]:
-    """An environment for a program that has no business with the admin token."""
-    return {k: v for k, v in environment.items() if k not in (_ADMIN, _ADMIN_FILE)}
 
 
 def is_loopback(host: str) -> bool:
