@@ -5,7 +5,7 @@ import ssl
 import subprocess
 
 import pytest
-from replies import CUT, OTHER, Replies, fault, status, swapped
+from replies import CUT, OTHER, SERVED, Replies, fault, status, swapped
 
 from enchtable_vllm.errors import ConfigError
 from enchtable_vllm.fleet import Client, Credentials, Secret, ServerRefused, Target, Unreachable
@@ -272,13 +272,10 @@ def back(url):
 def test_the_way_back_is_the_servers_own_rollback(replies):
     changed = status(OTHER, epoch=4, rolls_back_to="sv-a")
     replies.on("GET", STATUS, changed, status(epoch=5))
-    replies.on("POST", ROLLBACK, swapped(SERVED_AGAIN, epoch=5, outcome="rolled_back"))
+    replies.on("POST", ROLLBACK, swapped(SERVED, epoch=5, outcome="rolled_back"))
     with replies.serve() as url:
         assert back(url).epoch == 5
     assert replies.bodies(ROLLBACK)[0]["expected_epoch"] == 4
-
-
-SERVED_AGAIN = status()["active"]
 
 
 @pytest.mark.parametrize("history", ["none", "refused"])
@@ -287,7 +284,7 @@ def test_without_history_the_way_back_is_a_swap_with_the_old_beta(replies, histo
     asked = [changed, changed] if history == "refused" else [changed]
     replies.on("GET", STATUS, *asked, status(epoch=1))
     replies.on("POST", ROLLBACK, (422, fault("refused")))
-    replies.on("POST", SWAP, swapped(SERVED_AGAIN, epoch=1))
+    replies.on("POST", SWAP, swapped(SERVED, epoch=1))
     with replies.serve() as url:
         back(url)
     (body,) = replies.bodies(SWAP)
@@ -321,10 +318,21 @@ def test_a_lost_answer_to_a_rollback_is_looked_up(replies):
         ask(url, lambda client: roll_back(client, BEFORE, HOW))
 
 
-@pytest.mark.parametrize(("as_desired", "swaps"), [(False, 1), (True, 0), (None, 0)])
-def test_a_root_that_still_names_another_vector_is_written_again(replies, as_desired, swaps):
-    replies.on("GET", STATUS, status(as_desired=as_desired))
-    replies.on("POST", SWAP, swapped(SERVED_AGAIN, outcome="unchanged"))
+@pytest.mark.parametrize(
+    ("desired", "as_desired", "swaps"),
+    [
+        ({"safety_vector": "sv-b", "beta": 0.4}, False, 1),
+        ({"safety_vector": "sv-b", "beta": None}, False, 0),
+        ({"safety_vector": "sv-c", "beta": None}, False, 0),
+        ({"safety_vector": "sv-a", "beta": None}, True, 0),
+        (None, None, 0),
+    ],
+    ids=["what was given up", "another beta", "somebody else's", "as it is", "no root"],
+)
+def test_a_root_that_still_names_what_was_given_up_is_written(replies, desired, as_desired, swaps):
+    replies.on("GET", STATUS, status(desired=desired, as_desired=as_desired))
+    replies.on("POST", SWAP, swapped(SERVED, outcome="unchanged"))
     with replies.serve() as url:
-        ask(url, lambda client: persist_again(client, BEFORE, HOW))
-    assert [body["persist"] for body in replies.bodies(SWAP)] == [True] * swaps
+        ask(url, lambda client: persist_again(client, ("sv-b", 0.4), HOW))
+    bodies = replies.bodies(SWAP)
+    assert [(body["safety_vector"], body["persist"]) for body in bodies] == [("sv-a", True)] * swaps

@@ -188,21 +188,29 @@ async def bring_back(client: Client, before: Served, goal: Goal, how: How) -> Se
     )
 
 
-async def persist_again(client: Client, before: Served, how: How) -> None:
-    """Have a server's vector root name what it serves, if that is what it served before.
+async def persist_again(client: Client, abandoned: tuple[str, float | None], how: How) -> None:
+    """Have a server's vector root name what it serves, where it still names what was given up.
 
     A rollback undoes what its swap wrote to the root's ``current.json``. Where servers share a
     root, only the first one's swap knows what stood there before, and the first one may be dead.
+
+    Args:
+        client: The server; one that never was changed will do.
+        abandoned: The vector and β that were rolled back.
+        how: Pausing, persisting, patience.
 
     Raises:
         ServerRefused: It cannot be written.
         Unreachable: No answer came.
     """
     status = await client.status()
-    if status.as_desired is False and Served.of(status).same(before):
+    desired, active = status.desired, status.active
+    if status.as_desired is not False or desired is None:
+        return
+    if (desired.safety_vector, desired.beta) == abandoned:
         await client.swap(
-            before.safety_vector,
-            beta=before.beta,
+            active.safety_vector,
+            beta=active.beta,
             pause=how.pause,
             persist=True,
             expected_epoch=status.epoch,

@@ -82,6 +82,7 @@ class Rollout:
         self._wish, self._pace, self._how = wish, pace, how
         self._check, self._journal, self._listener = check, journal, listener
         self._already: set[str] = set()
+        self._as_desired: dict[str, bool | None] = {}
         self._signal: int | None = None
         self._stop = asyncio.Event()
 
@@ -148,6 +149,7 @@ class Rollout:
             for refusal in refusals:
                 self._tell("refused", url=refusal.url, reason=refusal.reason)
             return Outcome.MIXED if self._journal.changed() else Outcome.REFUSED
+        self._as_desired = {url: one.status.as_desired for url, one in verified.items()}
         to_do = self._to_do(verified)
         earlier = len(self._journal.changed())
         if earlier:  # its check may be what an earlier run did not come to
@@ -265,8 +267,9 @@ class Rollout:
         silent = await self._restore(urls, replace(self._how, patience_seconds=glance))
         for url in await self._restore(silent, self._how):
             self._lose(url, "it does not answer")
-        for url in urls:
-            await self._persist_again(url)
+        if urls:
+            for url in self._clients:
+                await self._persist_again(url)
         return Outcome.MIXED if self._journal.changed() else Outcome.ROLLED_BACK
 
     async def _restore(self, urls: Sequence[str], how: How) -> list[str]:
@@ -291,13 +294,15 @@ class Rollout:
         return [url for url, did in zip(urls, answered, strict=True) if not did]
 
     async def _persist_again(self, url: str) -> None:
-        record = self._journal.records[url]
-        if record.changed or record.as_desired is False:
+        record = self._journal.records.get(url)
+        was = record.as_desired if record is not None else self._as_desired.get(url)
+        if was is False or (record is not None and record.changed):
             return
+        abandoned = (self._wish.safety_vector, self._wish.beta)
         try:
-            await persist_again(self._clients[url], record.before, self._how)
+            await persist_again(self._clients[url], abandoned, self._how)
         except EnchTableError as error:
-            reason = f"its vector root still names another vector, for restarts: {error}"
+            reason = f"its vector root may still name '{abandoned[0]}', for restarts: {error}"
             self._tell("warning", url=url, reason=reason)
 
     def _lose(self, url: str, reason: str) -> None:
