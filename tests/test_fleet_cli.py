@@ -12,7 +12,10 @@ from typer.testing import CliRunner
 
 from enchtable_vllm import cli
 from enchtable_vllm.cli.fleet_options import Access
+from enchtable_vllm.cli.rollout_view import shown
 from enchtable_vllm.fleet import Target
+from enchtable_vllm.fleet.documents import Served, Status
+from enchtable_vllm.fleet.events import EVENT_KINDS, Event
 
 ROOT = Path(__file__).parent.parent
 TOKEN = "admin-token-of-this-test"
@@ -126,3 +129,36 @@ def test_a_token_over_plain_http_is_warned_of(monkeypatch, capsys):
     monkeypatch.delenv("ENCHTABLE_ADMIN_TOKEN")
     Access().connect([there], admin=False)  # nothing to be read on the way
     assert capsys.readouterr().err == ""
+
+
+def test_the_live_table_shows_every_event_and_takes_no_markup_from_servers(capsys):
+    serves = Served.of(Status.model_validate(status())).model_dump(mode="json")
+    evil = "http://[red]a\x1b[31m"
+    facts = {
+        "safety_vector": "[bold]sv-b", "state_file": "s", "targets": [evil, "http://b"],
+        "changed": [evil], "going": "back", "url": evil, "serves": serves, "to_do": True,
+        "reason": "[red]refused", "step": 1, "steps": 2, "urls": [evil], "paused_seconds": 0.1,
+        "seen_by": "answer", "code": "refused", "seconds": 0.5, "ok": False, "faults": ["[b]x"],
+        "signal": "SIGINT", "then": "rolls back",
+    }  # fmt: skip
+    standing = {"url": evil, "state": "lost", "serves": None, "reason": "gone"}
+    end = {
+        "outcome": "mixed",
+        "exit_code": 4,
+        "targets": [standing, {**standing, "serves": serves}],
+    }
+    with shown(as_json=False) as listener:
+        for kind in EVENT_KINDS:
+            listener(Event(kind, end if kind == "ended" else facts))
+    out = capsys.readouterr().out
+    for text in (
+        "rolling out '[bold]sv-b'",
+        "step 1 of 2: http://[red]a",
+        "the check failed: [b]x",
+        "SIGINT: finishing",
+        "mixed, exit code 4",
+        "lost; serves not known (gone)",
+        "serves sv-a aa, beta 0.5, epoch 3",
+    ):
+        assert text in out
+    assert "\x1b[31m" not in out

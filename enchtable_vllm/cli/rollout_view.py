@@ -63,7 +63,7 @@ class _LiveTable:
         table = Table("target", "state", "serves", box=None, pad_edge=False)
         for url, (state, serves) in self._rows.items():
             colour = _COLOURS.get(state, "default")
-            table.add_row(escape(url), f"[{colour}]{state}[/]", _text(serves))
+            table.add_row(_text(url), f"[{colour}]{state}[/]", _text(serves))
         return table
 
     def listen(self, event: Event) -> None:
