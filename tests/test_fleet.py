@@ -199,6 +199,8 @@ def test_an_unfinished_journal_is_continued_in_the_order_of_asking(tmp_path):
         assert journal.resumed
         assert journal.changed() == ["http://b", "http://a"]
         assert journal.records["http://a"] == RECORD
+        journal.set("http://b", RECORD)
+        assert journal.changed() == ["http://a", "http://b"]
         assert journal.going_back is None
         journal.turn_back("a check failed")
         journal.finish(Outcome.MIXED)

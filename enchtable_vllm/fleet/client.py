@@ -24,17 +24,7 @@ _Known = TypeVar("_Known", bound=Document)
 
 
 class Unreachable(EnchTableError):
-    """No answer came.
-
-    Attributes:
-        sent: The request may have arrived, and may have had its effect.
-    """
-
-    def __init__(
-        self, subject: str, *, expected: object, got: object, fix: str, sent: bool = True
-    ) -> None:
-        super().__init__(subject, expected=expected, got=got, fix=fix)
-        self.sent = sent
+    """No answer came; what was asked for may have been done all the same."""
 
 
 class ServerRefused(EnchTableError):
@@ -207,13 +197,11 @@ class Client:
         try:
             answer = await self._http.send(request)
         except httpx.RequestError as error:
-            never = (httpx.ConnectError, httpx.ConnectTimeout, httpx.UnsupportedProtocol)
             raise Unreachable(
                 f"server {self.target.url}, {method} {path}",
                 expected="an answer",
                 got=f"{type(error).__name__}: {error}".rstrip(". "),
                 fix="Is it up, and is the URL right?",
-                sent=not isinstance(error, never),
             ) from error
         if answer.status_code != 200:
             raise self._refused(answer)
