@@ -29,3 +29,17 @@ def admin_token_file() -> Path | None:
     """``ENCHTABLE_ADMIN_TOKEN_FILE``: a file that holds it."""
     chosen = os.environ.get("ENCHTABLE_ADMIN_TOKEN_FILE")
     return Path(chosen).expanduser() if chosen else None
+
+
+def api_key() -> str | None:
+    """``VLLM_API_KEY``: what ``vllm serve`` takes its ``--api-key`` from, for clients of it.
+
+    Not ``OPENAI_API_KEY``: where that is set it is mostly the key of another service.
+    """
+    return os.environ.get("VLLM_API_KEY") or None
+
+
+def without_admin_token() -> dict[str, str]:
+    """The environment for a program that has no business with the admin token."""
+    ours = ("ENCHTABLE_ADMIN_TOKEN", "ENCHTABLE_ADMIN_TOKEN_FILE")
+    return {name: value for name, value in os.environ.items() if name not in ours}

@@ -136,7 +136,8 @@ def test_low_retained_share_warns(family, tmp_path):
 
 
 COMMANDS = [[], ["vector"], ["vector", "build"], ["vector", "inspect"], ["vector", "verify"],
-            ["plan"], ["merge"], ["doctor"], ["demo"]]  # fmt: skip
+            ["plan"], ["merge"], ["doctor"], ["demo"],
+            ["status"], ["swap"], ["rollback"], ["rollout"]]  # fmt: skip
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)

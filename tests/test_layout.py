@@ -12,7 +12,18 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 #: Each may import itself and what stands to its right.
-ORDER = ["cli", "doctor", "demo", "serving", "merge", "plan", "vector", "checkpoint", "errors"]
+ORDER = [
+    "cli",
+    "doctor",
+    "demo",
+    "fleet",
+    "serving",
+    "merge",
+    "plan",
+    "vector",
+    "checkpoint",
+    "errors",
+]
 #: Leaves that everybody may import; they import nothing of ours.
 LEAVES = {"errors", "envs", "progress"}
 FILES = sorted((ROOT / "enchtable_vllm").rglob("*.py"))

@@ -41,6 +41,10 @@ def test_every_command_is_documented():
         "plan",
         "merge",
         "doctor",
+        "status",
+        "swap",
+        "rollback",
+        "rollout",
     }
     assert "`enchtable demo`" in README
 

@@ -25,6 +25,10 @@ COMMANDS = {
     "plan": "Plan a merge: how much of the safety vector each matrix of a fine-tune can take.",
     "merge": "Merge offline, for whoever does not run vLLM.",
     "doctor": "Check this environment, and what a server would do with a model.",
+    "status": "Show what a server serves: vector, plan, β, every rank, the last swaps.",
+    "swap": "Exchange a server's safety vector while it serves.",
+    "rollback": "Let a server go back to what it served before its last swap.",
+    "rollout": "Give many servers one vector: canaries, then steps, a check after each.",
     "demo": "Train, distil, plan, merge and serve a real small model, and show what it does.",
 }
 
