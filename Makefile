@@ -3,7 +3,7 @@ VENV ?= .venv
 READY := $(VENV)/.ready
 BIN := $(VENV)/bin
 
-.PHONY: help setup system-deps demo test test-gpu test-slow test-matrix supported lint types format bench bench-plan bench-load fuzz clean
+.PHONY: help setup system-deps demo test test-gpu test-slow test-matrix supported lint types format bench bench-plan bench-load bench-swap fuzz clean
 help: ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /|/' | column -t -s '|'
 
@@ -30,6 +30,9 @@ test-slow: $(READY) ## Run the tests that take minutes.
 
 bench-load: $(READY) ## Measure weight loading against vLLM's plain loader.
 	@$(BIN)/python benchmarks/load.py
+
+bench-swap: $(READY) ## Measure swapping under load against a restart. SOAK=500
+	@$(BIN)/python benchmarks/swap.py $(if $(SOAK),--soak $(SOAK))
 
 fuzz: $(READY) ## Feed damaged inputs to every reader. FUZZ_SECONDS=36000 for a night.
 	@$(BIN)/python tests/fuzz/fuzzer.py --seconds $(or $(FUZZ_SECONDS),600) --seed $$(date +%s)

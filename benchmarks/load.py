@@ -113,9 +113,9 @@ def _make(which: str, folder: Path) -> Case:
     extras: dict[str, dict[str, str] | None] = {"auto": None}
     merged = {}
     for stored in STORED:
-        vector = SafetyVector(Location(_random_vector(task, folder / stored, stored)))
+        vector = SafetyVector(Location(random_vector(task, folder / stored, stored)))
         plan = folder / f"{stored}.json"
-        plan.write_text(_plan(task, vector).to_json())
+        plan.write_text(plan_without_interference(task, vector).to_json())
         merged[f"enchtable {stored}"] = folder / f"merged-{stored}"
         merge_checkpoint(
             Location(task), vector, resolve_plan(*read_plan(plan)), folder / f"merged-{stored}"
@@ -149,9 +149,9 @@ def _random_llama(folder: Path) -> Path:
     return folder
 
 
-def _random_vector(task: Path, folder: Path, stored: str) -> Path:
+def random_vector(task: Path, folder: Path, stored: str, *, seed: int = 1) -> Path:
     """An attention-scope vector of small random deltas."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     opened = Checkpoint(task)
     surrogate = folder.with_name(f"{folder.name}-surrogate")
     surrogate.mkdir()
@@ -166,7 +166,7 @@ def _random_vector(task: Path, folder: Path, stored: str) -> Path:
     return folder
 
 
-def _plan(task: Path, vector: SafetyVector) -> MergePlan:
+def plan_without_interference(task: Path, vector: SafetyVector) -> MergePlan:
     """A plan whose interference is zero everywhere: its making costs nothing here."""
     opened = Checkpoint(task, what="task model")
     reference = ModelReference.of(Location(task), opened)

@@ -93,7 +93,12 @@ def test_what_is_imported_is_declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = {d.split(">")[0].split("[")[0].replace("-", "_") for d in project["dependencies"]}
     by_the_user = {"torch", "vllm", "enchtable_vllm", "enchtable_kernels"}
-    by_vllm = {"fastapi", "opentelemetry", "prometheus_client", "starlette"}  # where its API server runs, and nowhere else
+    by_vllm = {
+        "fastapi",
+        "opentelemetry",
+        "prometheus_client",
+        "starlette",
+    }  # where its API server runs, and nowhere else
     base = [path for path in FILES if "demo" not in path.relative_to(ROOT).parts]
     used = {module.split(".")[0] for path in base for module in imports(path)}
     assert used - by_the_user - by_vllm - set(sys.stdlib_module_names) <= declared
