@@ -288,12 +288,13 @@ def test_an_answer_tells_the_version_it_ended_with(server):
 
     def run():
         started.set()
-        kept.append(server.complete(max_tokens=480, ignore_eos=True).headers[name])
+        many = {"n": 8, "temperature": 1.0}  # so that it takes long enough
+        kept.append(server.complete(max_tokens=480, ignore_eos=True, **many).headers[name])
 
     thread = threading.Thread(target=run)
     thread.start()
     started.wait()
-    time.sleep(0.3)
+    time.sleep(0.1)
     after = server.swapped("sv-b")["weight_version"]
     thread.join()
     assert kept == [after]
