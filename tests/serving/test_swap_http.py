@@ -266,7 +266,8 @@ def test_running_requests(server, pause):
     reasons = []
 
     def run():
-        answer = server.complete(max_tokens=480, ignore_eos=True).json()
+        many = {"n": 8, "temperature": 1.0}  # so that it takes long enough
+        answer = server.complete(max_tokens=480, ignore_eos=True, **many).json()
         reasons.append(answer["choices"][0]["finish_reason"])
 
     threads = [threading.Thread(target=run) for _ in range(3)]
