@@ -2,8 +2,9 @@
 
 Bytes: with 16-bit tensors 6 an element (two read, one written), with an int8 delta 5.06; the
 sums add 16 bytes per block of 2048. Whole blocks run without bounds, so that loads and stores
-are 128 bits wide whatever the length; only the last block masks. A block is a tile of 32 × 64,
-because 64 elements share a scale: each thread then loads the one or two scales it needs.
+are 128 bits wide whatever the length; only the last block masks. A block is a tile of 128 × 16:
+the elements of a row share a scale and two or three bytes of keep-bits, which are loaded once
+a row and not once an element.
 
 Rounding to bf16 is done on the integer bits (add 0x7fff plus the lowest kept bit, drop 16
 bits): the same code then runs on every target, and under Triton's interpreter, whose own
@@ -27,9 +28,16 @@ BLOCK = 2048
 NO_SCALES, WHOLE_SCALES, RAGGED_SCALES = range(3)
 
 
-def warps(amd: bool) -> int:
-    """So many that a thread has 16 elements: 128 bits even of an int8 delta."""
-    return 2 if amd else 4
+def compiler_options(amd: bool, scales: int) -> dict[str, int | bool]:
+    """What the compiler is told.
+
+    So many warps that a thread has 16 elements: 128 bits even of an int8 delta. No fused
+    multiply-add, which rounds once. On NVIDIA's, registers for four blocks on a multiprocessor:
+    left alone, some compilers take more than they need. Rows that end inside a block of scales
+    need more.
+    """
+    options: dict[str, int | bool] = {"num_warps": 2 if amd else 4, "enable_fp_fusion": False}
+    return options if amd or scales == RAGGED_SCALES else {**options, "maxnreg": 128}
 
 
 @triton.jit
@@ -51,20 +59,21 @@ def _lowbias32(x):
 
 
 @triton.jit
-def _noise(index, key_low, key_high):
-    """See `reference.noise`."""
-    x = _lowbias32(index.to(tl.uint32) ^ key_low.to(tl.uint32, bitcast=True))
-    high = (index >> 32).to(tl.uint32) ^ key_high.to(tl.uint32, bitcast=True)
-    return _lowbias32(x ^ high) >> 16
+def _noise(begin, within, key_low, key_high):
+    """See `reference.noise`, of index ``begin + within``: its halves, for want of registers."""
+    low = begin.to(tl.uint32) + within.to(tl.uint32)
+    high = (begin >> 32).to(tl.uint32) + (low < within.to(tl.uint32)).to(tl.uint32)
+    x = _lowbias32(low ^ key_low.to(tl.uint32, bitcast=True))
+    return _lowbias32(x ^ high ^ key_high.to(tl.uint32, bitcast=True)) >> 16
 
 
 @triton.jit
-def _round_like(value, out_ptr, index, key_low, key_high, STOCHASTIC: tl.constexpr):
+def _round_like(value, out_ptr, begin, within, key_low, key_high, STOCHASTIC: tl.constexpr):
     """Round fp32 to the dtype that ``out_ptr`` points at, to nearest even or stochastically."""
     if out_ptr.dtype.element_ty == tl.bfloat16:
         bits = value.to(tl.uint32, bitcast=True)
         if STOCHASTIC:
-            bits = bits + _noise(index, key_low, key_high)
+            bits = bits + _noise(begin, within, key_low, key_high)
         else:
             bits = bits + (0x7FFF + ((bits >> 16) & 1))
         return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
@@ -103,29 +112,40 @@ def _add_block(
     BOUNDED: tl.constexpr,
 ):
     # 64-bit offsets: tensors may hold more than 2^31 elements.
-    rows = pid.to(tl.int64) * (BLOCK // 64) + tl.arange(0, BLOCK // 64)
-    offsets = rows[:, None] * 64 + tl.arange(0, 64)[None, :]
+    start = pid.to(tl.int64) * BLOCK
+    rows = tl.arange(0, BLOCK // 16)
+    within = rows[:, None] * 16 + tl.arange(0, 16)[None, :]
+    offsets = start + within
     inside = offsets < count
+    # Scales first: divisions branch on AMD's, and a load before them was seen torn into bytes.
+    if SCALES == 1:  # WHOLE_SCALES
+        at = start // 64 + rows // 4
+        scales = _load(scales_ptr + at, start + rows * 16 < count, BOUNDED)[:, None]
+    if SCALES == 2:  # RAGGED_SCALES
+        at = offsets // row_length * row_scales + offsets % row_length // 64
+        scales = _load(scales_ptr + at, inside, BOUNDED)
     stored = _load(stored_ptr + offsets, inside, BOUNDED)
     delta = _load(delta_ptr + offsets, inside, BOUNDED)
     before = _widen(stored)
     product = _widen(delta)
-    if SCALES == 1:  # WHOLE_SCALES
-        product = product * _load(scales_ptr + rows, rows * 64 < count, BOUNDED)[:, None]
-    if SCALES == 2:  # RAGGED_SCALES
-        at = offsets // row_length * row_scales + offsets % row_length // 64
-        product = product * _load(scales_ptr + at, inside, BOUNDED)
+    if SCALES != 0:  # NO_SCALES
+        product = product * scales
     product = product * coefficient
-    index = offsets + first
+    begin = start + first
     if HAS_KEEP:
-        packed = _load(keep_ptr + index // 8, inside, BOUNDED)
-        keep = ((packed.to(tl.int32) >> (index % 8).to(tl.int32)) & 1) != 0
-        product = tl.where(keep, product, 0.0)
+        # The 16 bits of a row lie in two bytes, or three where they do not begin with one.
+        bit = (begin % 8).to(tl.int32)
+        bytes_ptr = keep_ptr + begin // 8 + rows * 2
+        left = tl.minimum(count - start, BLOCK).to(tl.int32) + bit - rows * 16
+        packed = tl.load(bytes_ptr, mask=left > 0, other=0).to(tl.int32)
+        packed |= tl.load(bytes_ptr + 1, mask=left > 8, other=0).to(tl.int32) << 8
+        packed |= tl.load(bytes_ptr + 2, mask=left > 16, other=0).to(tl.int32) << 16
+        keep = ((packed[:, None] >> (bit + tl.arange(0, 16))[None, :]) & 1) != 0
+        # Bits of -0, to which older compilers give no constant of its own: x - 0 is x, -0 too.
+        kept = tl.where(keep, product.to(tl.uint32, bitcast=True), 0x80000000)
+        product = kept.to(tl.float32, bitcast=True)
     total = before + product
-    merged = _round_like(total, out_ptr, index, key_low, key_high, STOCHASTIC)
-    if HAS_KEEP:
-        merged = tl.where(keep, merged, stored)
-        total = tl.where(keep, total, before)
+    merged = _round_like(total, out_ptr, begin, within, key_low, key_high, STOCHASTIC)
     if BOUNDED:
         tl.store(out_ptr + offsets, merged, mask=inside)
     else:
@@ -246,8 +266,7 @@ def fused_add_triton(addition: Addition) -> torch.Tensor:
         HAS_KEEP=keep_bits is not None,
         STOCHASTIC=key is not None and stored.dtype == torch.bfloat16,
         BLOCK=BLOCK,
-        num_warps=warps(torch.version.hip is not None),
-        enable_fp_fusion=False,
+        **compiler_options(torch.version.hip is not None, found_by),
     )
     return sums.sum(dim=0, dtype=torch.float64)
 

@@ -2,7 +2,8 @@
 
 A program of its own, because Triton's interpreter, which other tests use, is for good. Usage:
 ``python compile_all.py '[["cuda", 90, 32], …]'``; each line is one variant: target, dtypes,
-options, its assembly's memory accesses, registers and spills.
+options, its assembly's memory accesses, registers and spills, and whether what a mask leaves
+out gets -0 added, bit for bit.
 """
 
 import itertools
@@ -22,8 +23,8 @@ from enchtable_kernels.triton_add import (
     NO_SCALES,
     RAGGED_SCALES,
     WHOLE_SCALES,
+    compiler_options,
     fused_add_kernel,
-    warps,
 )
 
 DELTAS = (("bf16", NO_SCALES), ("fp32", NO_SCALES), ("i8", WHOLE_SCALES), ("i8", RAGGED_SCALES))
@@ -55,9 +56,10 @@ def compile_one(target, stored, delta, scales, keep, stochastic):
     made = triton.compile(
         ASTSource(fused_add_kernel, pointers | ARGUMENTS, constants, aligned),
         target=target,
-        options={"num_warps": warps(target.backend == "hip"), "enable_fp_fusion": False},
+        options=compiler_options(target.backend == "hip", scales),
     )
-    return of_amd(made) if target.backend == "hip" else of_nvidia(made)
+    found = of_amd(made) if target.backend == "hip" else of_nvidia(made)
+    return found | {"adds_minus_zero": "dense<-2147483648>" in made.asm["ttir"]}
 
 
 def of_nvidia(made):

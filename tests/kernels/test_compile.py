@@ -30,11 +30,12 @@ def check(found):
     A thread has 16 elements: so many 16-byte accesses as an element has bytes. The last
     block's bounded accesses are narrow, and so are scales and masks; they are not counted.
     """
-    stored, delta, scales, _, _ = found["variant"]
+    stored, delta, scales, keep, _ = found["variant"]
     assert found["loads"] == BYTES[stored] + BYTES[delta], found
     assert found["stores"] == BYTES[stored], found
     assert found["fused"] == 0, "a fused multiply-add changes the rounding"
     assert found["spills"] == 0, "registers spilled"
+    assert found["adds_minus_zero"] == keep, "x + 0 is not x where x is -0"
     # Four blocks of 128 threads on a multiprocessor of NVIDIA's, three waves on a SIMD of AMD's.
     # Rows that end inside a block of scales take divisions; no usual model has them.
     if scales != RAGGED:
