@@ -1,6 +1,6 @@
 """Runs the tests of serving on several versions of vLLM, really installed, and writes the table.
 
-``make test-matrix [VERSIONS="0.28.0 0.24.0"] [TESTS=PATH] [KEEP=1]``. Each version gets an
+``make test-matrix [VERSIONS="0.28.0 0.24.0"] [TESTS="PATH PATH"] [KEEP=1]``. Each version gets an
 environment of its own in ``.matrix/`` (about two minutes and three gigabytes; taken away
 afterwards), the tests in ``tests/serving`` run in it as they are, and what came of it goes into
 ``enchtable_vllm/serving/tested_versions.json`` and ``docs/versions.md``.
@@ -52,7 +52,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("versions", nargs="*", help="Default: all that the table has.")
     parser.add_argument("--keep", action="store_true", help="Leave the environments.")
-    parser.add_argument("--tests", default="tests/serving", help="A part of them, by path.")
+    parser.add_argument("--tests", nargs="+", default=["tests/serving"], help="A part, by path.")
     options = parser.parse_args()
     supported = {t.vllm for t in tested_versions() if t.passed}
     versions = options.versions or [t.vllm for t in tested_versions()]
@@ -67,7 +67,7 @@ def main() -> int:
     return bool(regressed)
 
 
-def run(version: str, *, tests: str, keep: bool) -> TestedVersion:
+def run(version: str, *, tests: list[str], keep: bool) -> TestedVersion:
     """Install one version, run the tests on it."""
     environment = ENVIRONMENTS / version
     python = environment / "bin" / "python"
@@ -90,9 +90,9 @@ def run(version: str, *, tests: str, keep: bool) -> TestedVersion:
     )
 
 
-def test(python: Path, tests: str, report: Path) -> tuple[str, str]:
+def test(python: Path, tests: list[str], report: Path) -> tuple[str, str]:
     """Run the tests of serving: how it ended, and the first failure ('': none)."""
-    command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", tests]
+    command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
     with report.with_suffix(".log").open("w") as log:
         subprocess.run(
             [*command, f"--junitxml={report}"],
@@ -111,7 +111,7 @@ def test(python: Path, tests: str, report: Path) -> tuple[str, str]:
     failures = [f"fails {name}: {said}" for name, kind, said in outcomes if kind == "failed"]
     if not counts["passed"]:
         failures.append("runs no test")
-    return "; ".join([f"{tests}: {told}", *notes]), failures[0] if failures else ""
+    return "; ".join([f"{' '.join(tests)}: {told}", *notes]), failures[0] if failures else ""
 
 
 def outcome(case: ElementTree.Element) -> tuple[str, str]:

@@ -149,18 +149,22 @@ def run(setting):
             seen["adapter"] = generate(llm, LoRARequest("adapter", 1, adapter))
         return seen if weights_only else seen | generate(llm)
 
-    seen = {"first": look(llm)}
-    if swaps:
-        seen["swapped"] = []
-    for name in swaps:
-        swap(llm, name)
-        seen["swapped"].append(look(llm))
-    if reloads:
-        llm.collective_rpc(reload)
-        llm.reset_prefix_cache()
-        seen["reloaded"] = look(llm)
-    del llm
-    cleanup_dist_env_and_memory()
+    try:
+        seen = {"first": look(llm)}
+        if swaps:
+            seen["swapped"] = []
+        for name in swaps:
+            swap(llm, name)
+            seen["swapped"].append(look(llm))
+        if reloads:
+            llm.collective_rpc(reload)
+            llm.reset_prefix_cache()
+            seen["reloaded"] = look(llm)
+    finally:
+        # vLLM 0.20 has a worker process even here, which would outlive this and keep its memory.
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        cleanup_dist_env_and_memory()
     return seen
 
 
