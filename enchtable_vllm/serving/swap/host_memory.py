@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from contextlib import suppress
 from pathlib import Path
 
@@ -47,3 +48,13 @@ def refuse_too_much(needed_bytes: int, ranks: int, staging_gib: float | None) ->
             fix="Free memory, raise 'staging_gib' in --model-loader-extra-config, use a vector of "
             "a narrower scope, or restart the server with the new vector.",
         )
+
+
+def give_back() -> None:
+    """Return freed memory to the system.
+
+    What a swap staged is many tensors of less than a megabyte, which the C library keeps when
+    they are freed: in pieces that the next swap does not always fit into, so that it grows.
+    """
+    with suppress(OSError, AttributeError):  # another C library than glibc
+        ctypes.CDLL(None).malloc_trim(0)

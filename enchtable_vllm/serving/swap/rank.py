@@ -20,6 +20,7 @@ from enchtable_vllm.serving.choice import Choice, choose
 from enchtable_vllm.serving.prepare import MADE_AHEAD, OpenTask, Prepared, open_task, prepare
 from enchtable_vllm.serving.room import Active, Room, merge_identity, room_of
 from enchtable_vllm.serving.swap.describe import describe_active, describe_error, describe_modules
+from enchtable_vllm.serving.swap.host_memory import give_back
 from enchtable_vllm.serving.swap.probe import served_digest
 from enchtable_vllm.serving.swap.staging import (
     NOTHING,
@@ -251,6 +252,8 @@ class Rank:
         swap.cancelled.set()
         swap.staged = None
         self._swap = None
+        # Beside serving: it takes a while.
+        threading.Thread(target=give_back, name="enchtable-give-back", daemon=True).start()
 
     def _put_in(self, side: Side) -> Answer:
         model = compat_swap.model_of(self._worker)
