@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import platform
+import random
 import statistics
 import tempfile
 import threading
@@ -47,6 +48,12 @@ MOST_PAUSED_SECONDS = 0.15
 MOST_OF_A_RESTART = 1 / 100
 MOST_GROWTH = 0.03
 SETTLED_AFTER = 5
+#: vLLM's kernels for the CPU keep something for each batch size that they have met (200 MiB were
+#: seen, without a swap), and a swap makes them meet many, because the requests that it interrupts
+#: are read anew. Batches are kept small here, and before memory is compared the kernels have met
+#: them all, so that what is seen is what swaps add.
+MOST_BATCHED_TOKENS = 64
+WARM_UP_SECONDS = 60.0
 
 
 def main() -> None:
@@ -63,7 +70,7 @@ def main() -> None:
         fresh, restart = _restart(task, folder)
         with _served(task, folder, "sv-a") as server, _load(server) as load:
             found = _swaps(server, options.swaps, fresh, load)
-            memory = _soak(server, options.soak, options.swaps) if options.soak else None
+            memory = _soak(server, options, load) if options.soak else None
     raise SystemExit(_report(found, restart, load, memory))
 
 
@@ -91,6 +98,9 @@ class _Server(Server):
                 "--load-format", "enchtable", "--model-loader-extra-config", json.dumps(extra),
                 "--dtype", "bfloat16", "--max-model-len", "512", "--enforce-eager",
                 "--disable-uvicorn-access-log",
+                # All of the KV cache is in use soon: its memory is the server's when touched.
+                "--num-gpu-blocks-override", "256",
+                "--max-num-batched-tokens", str(MOST_BATCHED_TOKENS), "--max-num-seqs", "16",
             ],
             folder / f"log-{start}",
             port=free_port(),
@@ -129,10 +139,10 @@ def _first_answer(server: _Server) -> None:
     answer.raise_for_status()
 
 
-def _question(server: _Server, number: int) -> dict[str, Any]:
+def _question(server: _Server, number: int, words: int = 0) -> dict[str, Any]:
     return {
         "model": server.command[2],
-        "prompt": f"Question {number}: why is the sky blue?",
+        "prompt": f"Question {number}: why is the sky " + "so " * words + "blue?",
         "max_tokens": 32,
         "temperature": 0,
         "ignore_eos": True,
@@ -159,6 +169,7 @@ class _Load:
         self.answers = 0
         self.failures: list[str] = []
         self.versions: set[str] = set()
+        self.of_any_length = False
 
 
 @contextmanager
@@ -167,14 +178,15 @@ def _load(server: _Server) -> Any:
     seen, ended = _Load(), threading.Event()
 
     def ask(client: int) -> None:
+        dice = random.Random(client)
         with httpx.Client(base_url=server.url, timeout=120) as http:
             number = 0
             while not ended.is_set():
                 number += 1
                 try:
-                    answer = http.post(
-                        "/v1/completions", json=_question(server, number * CLIENTS + client)
-                    )
+                    words = dice.randrange(2 * MOST_BATCHED_TOKENS) if seen.of_any_length else 0
+                    question = _question(server, number * CLIENTS + client, words)
+                    answer = http.post("/v1/completions", json=question)
                     answer.raise_for_status()
                     (choice,) = answer.json()["choices"]
                     if choice["finish_reason"] != "length":
@@ -214,14 +226,28 @@ def _swaps(
     return found
 
 
-def _soak(server: _Server, soak: int, done: int) -> tuple[int, int]:
+def _soak(server: _Server, options: argparse.Namespace, load: _Load) -> tuple[int, int]:
     """Memory when it has settled, and at the end."""
+    load.of_any_length = True
+    time.sleep(WARM_UP_SECONDS)
     before = 0
-    for number in range(soak):
-        server.post("swap", {"safety_vector": NAMES[(number + done) % 2]})
+    for number in range(options.soak):
+        server.post("swap", {"safety_vector": NAMES[(number + options.swaps) % 2]})
         if number + 1 == SETTLED_AFTER:
-            before = server.memory_bytes()
-    return before, server.memory_bytes()
+            before = _settled(server)
+        elif (number + 1) % 50 == 0:
+            print(f"  {number + 1} swaps: {_settled(server) / 2**20:.0f} MiB", flush=True)
+    return before, _settled(server)
+
+
+def _settled(server: _Server) -> int:
+    """Memory while no swap is going on: the median of a few looks, since answers take some."""
+    time.sleep(1)
+    looks = []
+    for _ in range(5):
+        looks.append(server.memory_bytes())
+        time.sleep(0.2)
+    return int(statistics.median(looks))
 
 
 def _report(
