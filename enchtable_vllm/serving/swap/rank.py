@@ -20,7 +20,6 @@ from enchtable_vllm.serving.choice import Choice, choose
 from enchtable_vllm.serving.prepare import MADE_AHEAD, OpenTask, Prepared, open_task, prepare
 from enchtable_vllm.serving.room import Active, Room, merge_identity, room_of
 from enchtable_vllm.serving.swap.describe import describe_active, describe_error, describe_modules
-from enchtable_vllm.serving.swap.host_memory import give_back
 from enchtable_vllm.serving.swap.probe import served_digest
 from enchtable_vllm.serving.swap.staging import (
     NOTHING,
@@ -156,8 +155,16 @@ class Rank:
         swap: _Swap,
         safety_vector: str | None,
         beta: float | None = None,
+        engines: int = 1,
     ) -> Answer:
-        """Begin to stage a vector; None: what was served before the last swap."""
+        """Begin to stage a vector.
+
+        Args:
+            swap: It.
+            safety_vector: Its name; None: what was served before the last swap.
+            beta: Another β than the plan's.
+            engines: How many share this machine's memory.
+        """
         if reason := self._not_swappable():
             return _no("not_swappable", reason)
         if safety_vector is None:
@@ -167,7 +174,7 @@ class Rank:
         model = compat_swap.model_of(self._worker)
         swap.thread = threading.Thread(
             target=self._stage,
-            args=(swap, model, safety_vector, beta),
+            args=(swap, model, safety_vector, beta, engines),
             name="enchtable-stage",
             daemon=True,
         )
@@ -252,8 +259,6 @@ class Rank:
         swap.cancelled.set()
         swap.staged = None
         self._swap = None
-        # Beside serving: it takes a while.
-        threading.Thread(target=give_back, name="enchtable-give-back", daemon=True).start()
 
     def _put_in(self, side: Side) -> Answer:
         model = compat_swap.model_of(self._worker)
@@ -280,7 +285,12 @@ class Rank:
         return None
 
     def _stage(
-        self, swap: _Swap, model: torch.nn.Module, safety_vector: str | None, beta: float | None
+        self,
+        swap: _Swap,
+        model: torch.nn.Module,
+        safety_vector: str | None,
+        beta: float | None,
+        engines: int,
     ) -> None:
         """In a thread of its own. Its result is set last: nobody looks at a half of it."""
         try:
@@ -300,7 +310,7 @@ class Rank:
                 old,
                 new,
                 skips=lambda _: False,
-                ranks=compat_swap.ranks_on_this_machine(self._worker),
+                ranks=engines * compat_swap.ranks_on_this_machine(self._worker),
                 staging_gib=self._room.start.staging_gib,
                 verify_content=self._room.start.verify == "content",
                 cancelled=swap.cancelled,
