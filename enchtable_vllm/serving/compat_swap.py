@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import aclosing, contextmanager
 from typing import Any
@@ -48,6 +49,8 @@ __all__ = [
 
 #: How often a call looks whether the engine is still there.
 _HEARTBEAT_SECONDS = 0.5
+#: How long after a call has failed the engine may turn out to be dead.
+_DYING_SECONDS = 2.0
 
 # Ranks.
 
@@ -278,6 +281,16 @@ class Engines:
                 if self.dead:
                     raise EngineGoneError("the engine died")
             return task.result()
+        except EngineGoneError:
+            raise
+        except Exception as error:
+            # What a dying engine has not answered fails a little before it is known to be dead.
+            deadline = time.monotonic() + _DYING_SECONDS
+            while not self.dead and time.monotonic() < deadline:
+                await asyncio.sleep(_HEARTBEAT_SECONDS / 10)
+            if self.dead:
+                raise EngineGoneError("the engine died") from error
+            raise
         finally:
             task.cancel()
 

@@ -20,12 +20,13 @@ def root(family, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(root, tmp_path_factory):
-    """What one engine serves that starts on a vector: its digest."""
+    """What one engine serves, of which `test_swap_exact` shows that it is what it should be."""
     found = {}
-    for name in ("sv-a", "sv-b"):
-        log = tmp_path_factory.mktemp("alone") / "log"
-        with live.Live(root, log, "--enforce-eager", start={"safety_vector": name}) as server:
-            ((found[name],),) = server.weights()
+    log = tmp_path_factory.mktemp("alone") / "log"
+    with live.Live(root, log, "--enforce-eager", start={"safety_vector": "sv-b"}) as server:
+        ((found["sv-b"],),) = server.weights()
+        server.swapped("sv-a")
+        ((found["sv-a"],),) = server.weights()
     return found
 
 
