@@ -84,31 +84,27 @@ class Rank:
         self._swap: _Swap | None = None
 
     def answer(self, command: str, arguments: dict[str, Any]) -> Answer:
-        """Do what is asked; failures are answers too."""
-        try:
-            if command == "status":
-                return {"ok": True, **self.status(**arguments)}
-            if command == "begin":
-                return self.begin(**arguments)
-            if command == "probe":
-                return {"ok": True, "digest": served_digest(compat_swap.model_of(self._worker))}
-            owner = arguments.pop("owner")
-            if self._swap is None or self._swap.owner != owner:
-                return _no("lost_lock", "this swap does not hold the lock of this rank any more")
-            self._swap.heard = time.monotonic()
-            commands: dict[str, Callable[..., Answer]] = {
-                "stage": self.stage,
-                "poll": self.poll,
-                "commit": self.commit,
-                "publish": self.publish,
-                "restore": self.restore,
-                "give_up": self.give_up,
-                "finish": self.finish,
-            }
-            return commands[command](self._swap, **arguments)
-        except Exception as error:
-            _log.exception("swap: '%s' failed", command)
-            return {"ok": False, **describe_error(error)}
+        """Do what is asked."""
+        if command == "status":
+            return {"ok": True, **self.status(**arguments)}
+        if command == "begin":
+            return self.begin(**arguments)
+        if command == "probe":
+            return {"ok": True, "digest": served_digest(compat_swap.model_of(self._worker))}
+        owner = arguments.pop("owner")
+        if self._swap is None or self._swap.owner != owner:
+            return _no("lost_lock", "this swap does not hold the lock of this rank any more")
+        self._swap.heard = time.monotonic()
+        commands: dict[str, Callable[..., Answer]] = {
+            "stage": self.stage,
+            "poll": self.poll,
+            "commit": self.commit,
+            "publish": self.publish,
+            "restore": self.restore,
+            "give_up": self.give_up,
+            "finish": self.finish,
+        }
+        return commands[command](self._swap, **arguments)
 
     def status(self, detail: bool = False) -> Answer:
         """What this rank serves, and whether it can be trusted."""
@@ -370,7 +366,7 @@ def _no(code: str, message: str, fix: str = "") -> Answer:
 
 
 def answer(worker: Any, command: str, arguments: dict[str, Any]) -> Answer:
-    """The worker's method: see `Rank.answer`."""
+    """The worker's method: see `Rank.answer`. Whatever fails is an answer too."""
     try:
         room = room_of(compat_swap.model_of(worker))
         if room is None:
@@ -380,4 +376,5 @@ def answer(worker: Any, command: str, arguments: dict[str, Any]) -> Answer:
         found: Answer = room.rank.answer(command, dict(arguments))
         return found
     except Exception as error:
+        _log.exception("swap: '%s' failed", command)
         return {"ok": False, **describe_error(error)}
