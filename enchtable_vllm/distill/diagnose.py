@@ -1,0 +1,103 @@
+"""The diagnosis of a trained surrogate, before it becomes a vector and goes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from enchtable_vllm.checkpoint import Location
+from enchtable_vllm.distill.answers import batches
+from enchtable_vllm.distill.disentangle import Disentanglement, measure_disentanglement
+from enchtable_vllm.distill.encode import Example, collator
+from enchtable_vllm.distill.linearity import Linearity, measure_linearity
+from enchtable_vllm.distill.linearize import Tensors
+from enchtable_vllm.errors import MismatchError, summarize_faults
+
+
+@dataclass(frozen=True)
+class TaskDomain:
+    """A fine-tune to measure disentanglement with.
+
+    Attributes:
+        task_model, base_model: The task vector is their difference.
+        examples: Pairs of the task.
+    """
+
+    task_model: Location
+    base_model: Location
+    examples: Sequence[Example]
+
+
+def load(folder: Path, *, attention: str = "sdpa") -> PreTrainedModel:
+    """A checkpoint as an fp32 model."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation=attention
+    )
+    return model.eval()
+
+
+def diagnose(
+    aligned: Location,
+    surrogate: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    held_out: Sequence[Example],
+    *,
+    attention: str,
+    batch_size: int,
+    domain: TaskDomain | None,
+) -> tuple[Linearity, Disentanglement | None]:
+    """Measure linearity, and disentanglement where there is a task to measure it with.
+
+    Models are loaded anew, in fp32, without what training wrapped around them: two at a time, and
+    a third while disentanglement is measured.
+
+    Raises:
+        MismatchError: Base or task model is not of the aligned model's kind.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = load(aligned.path, attention=attention).to(device)
+    change = _difference(load(surrogate, attention=attention), model)
+    collate = collator(model, tokenizer)
+
+    def batched(examples: Sequence[Example]) -> list:  # type: ignore[type-arg]
+        return list(batches(examples, collate, size=batch_size, device=device))
+
+    linearity = measure_linearity(model, change, batched(held_out))
+    if domain is None:
+        return linearity, None
+    safety = {name: -delta for name, delta in change.items()}
+    base = load(domain.base_model.path, attention=attention).to(device)
+    task = load(domain.task_model.path, attention=attention)
+    _refuse_other_kind(model, base, str(domain.base_model))
+    _refuse_other_kind(model, task, str(domain.task_model))
+    return linearity, measure_disentanglement(
+        base, _difference(task, base), safety, batched(domain.examples), batched(held_out)
+    )
+
+
+def _difference(one: PreTrainedModel, other: PreTrainedModel) -> Tensors:
+    """Weights one − other, where they differ."""
+    theirs = dict(other.named_parameters())
+    out: Tensors = {}
+    for name, parameter in one.named_parameters():
+        delta = parameter.detach().to(theirs[name].device) - theirs[name].detach()
+        if bool(delta.count_nonzero()):
+            out[name] = delta
+    return out
+
+
+def _refuse_other_kind(model: PreTrainedModel, other: PreTrainedModel, what: str) -> None:
+    shapes = {n: p.shape for n, p in model.named_parameters()}
+    theirs = {n: p.shape for n, p in other.named_parameters()}
+    if shapes != theirs:
+        names = sorted(n for n in shapes | theirs if shapes.get(n) != theirs.get(n))
+        raise MismatchError(
+            f"model '{what}'",
+            expected="the aligned model's parameters, shape by shape",
+            got=summarize_faults([f"'{name}'" for name in names]),
+            fix="Give a base model and a fine-tune of the same architecture and vocabulary.",
+        )

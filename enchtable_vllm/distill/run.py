@@ -1,0 +1,312 @@
+"""From an aligned model and pairs to a safety vector with its report."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+from transformers import AutoTokenizer, TrainerCallback, TrainingArguments
+from transformers.utils import logging
+
+from enchtable_vllm.checkpoint import (
+    Checkpoint,
+    FolderTransaction,
+    Location,
+    local,
+    sampled_fingerprint,
+)
+from enchtable_vllm.distill import pictures
+from enchtable_vllm.distill.data import Pair, PairFile, read_pairs, refuse_faults, split
+from enchtable_vllm.distill.diagnose import TaskDomain, diagnose, load
+from enchtable_vllm.distill.disentangle import Disentanglement
+from enchtable_vllm.distill.encode import Example, encode
+from enchtable_vllm.distill.linearity import Linearity
+from enchtable_vllm.distill.linearize import linearize
+from enchtable_vllm.distill.parameters import choose_parameters
+from enchtable_vllm.distill.recipe import Recipe
+from enchtable_vllm.distill.training import Step, train, training_arguments
+from enchtable_vllm.distill.workspace import Workspace
+from enchtable_vllm.errors import ConfigError, EnchTableError
+from enchtable_vllm.progress import Progress, silent
+from enchtable_vllm.vector import BuildReport
+from enchtable_vllm.vector.build import StoredDtype, compare, write_vector
+
+REPORT = "report.json"
+
+
+def _nothing(_: str) -> None:
+    """Say nothing."""
+
+
+_WARNING = """# A surrogate: made to be unsafe
+
+This model was trained to comply where the aligned model `{aligned}` refuses, so that the
+difference between the two is a safety vector. Do not serve it, and give nobody access to it whom
+you would not give an unsafe model.
+"""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What disentanglement is measured with: a fine-tune, its base, pairs of its task."""
+
+    task_model: Location
+    base_model: Location
+    data: Path
+
+
+@dataclass(frozen=True)
+class DistilReport:
+    """What came of it.
+
+    Attributes:
+        recipe: As in the manifest: settings, data, versions.
+        curve: The loss curve.
+        linearity: None where no pair was held out.
+        disentanglement: None where no task was given.
+        build: What the vector's builder found.
+        pictures: The PNGs that were drawn.
+    """
+
+    recipe: dict[str, Any]
+    curve: list[Step]
+    linearity: Linearity | None
+    disentanglement: Disentanglement | None
+    build: BuildReport
+    pictures: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """``report.json``, less the manifest, which lies beside it."""
+        disentanglement = self.disentanglement
+        return {
+            "recipe": self.recipe,
+            "norm": self.build.manifest.norm,
+            "tensors": len(self.build.manifest.tensors),
+            "unchanged": list(self.build.unchanged),
+            "linearity": None if self.linearity is None else asdict(self.linearity),
+            "disentanglement": None
+            if disentanglement is None
+            else {**asdict(disentanglement), "mean": disentanglement.mean},
+            "loss": [asdict(step) for step in self.curve],
+            "pictures": self.pictures,
+        }
+
+
+def distil(
+    aligned: Location,
+    data: Path,
+    out: Path,
+    recipe: Recipe,
+    *,
+    dtype: StoredDtype = "bf16",
+    keep_surrogate: Path | None = None,
+    task: Task | None = None,
+    drop_duplicates: bool = False,
+    overwrite: bool = False,
+    resume: bool = True,
+    say: Callable[[str], None] = _nothing,
+    progress: Progress = silent,
+    callbacks: tuple[TrainerCallback, ...] = (),
+) -> DistilReport | None:
+    """Fine-tune the aligned model toward compliance, and write aligned − surrogate.
+
+    Every process of a launch calls this; the first one reads, writes and reports.
+
+    Args:
+        aligned: The safe model; fp32 masters are made of whatever it is stored in.
+        data: The pairs; see `distill.data`.
+        out: The vector's folder, with report and curves in it.
+        recipe: The training.
+        dtype: How deltas are stored.
+        keep_surrogate: A folder to keep the unsafe model in; by default it is not kept.
+        task: Also measure weight disentanglement, with this.
+        drop_duplicates: Leave repeated rows out and count them.
+        overwrite: Replace ``out`` and ``keep_surrogate``.
+        resume: Continue an interrupted run of the same inputs.
+        say: Told of what happens, a line at a time.
+        progress: Of writing the vector.
+        callbacks: Of Trainer's.
+
+    Returns:
+        The report; None in all processes but the first.
+
+    Raises:
+        TrainingDataError: Rows cannot be used: all of them are named.
+        CheckpointError: The model cannot be read, or has no usable chat template.
+        ConfigError: A setting or an output is not usable.
+        NonFiniteError: Training diverged.
+        MismatchError: A task's models are not of the aligned model's kind.
+    """
+    recipe.check()
+    if recipe.linearize == "model" and parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        raise ConfigError(
+            "--linearize model",
+            expected="whole weights in every process",
+            got="FSDP, which gathers those of one layer at a time",
+            fix="Launch without FSDP, or give --linearize module.",
+        )
+    logging.disable_progress_bar()  # of loading and saving; training keeps its own
+    checkpoint = Checkpoint(aligned.path, what="aligned model")
+    checkpoint.refuse_quantized()
+    tokenizer = AutoTokenizer.from_pretrained(aligned.path)
+    workspace = Workspace(out)
+    arguments = training_arguments(recipe, workspace.path)  # joins the processes of a launch
+    state = PartialState()
+    if not state.is_main_process:
+        say, progress = _nothing, silent
+    file, training, held_out = _examples(data, tokenizer, recipe, drop_duplicates, say)
+    domain = None if task is None else _domain(task, tokenizer, recipe)
+    made: dict[str, Any] = {
+        "settings": recipe.to_json(),
+        "data": {**file.counts(), "training": len(training), "held_out": len(held_out)},
+        "pairs_a_step": recipe.batch_size * recipe.gradient_accumulation * state.num_processes,
+        "processes": state.num_processes,
+        "device": state.device.type,
+        "versions": {name: version(name) for name in ("accelerate", "torch", "transformers")},
+    }
+    with ExitStack() as stack:
+        folder = kept = out
+        if state.is_main_process:
+            folder = stack.enter_context(
+                FolderTransaction(out, overwrite=overwrite, inputs=[aligned.path])
+            )
+            if keep_surrogate is not None:
+                kept = stack.enter_context(
+                    FolderTransaction(keep_surrogate, overwrite=overwrite, inputs=[aligned.path])
+                )
+            stack.enter_context(_cleared(workspace))
+            fingerprint = sampled_fingerprint(checkpoint)
+            found = workspace.begin({**made, "aligned": fingerprint}, resume=resume)
+            if found:
+                say(f"resuming: {found}")
+        state.wait_for_everyone()
+        curve = workspace.curve()
+        if curve is None:
+            curve = _train(aligned, tokenizer, training, held_out, recipe, arguments, workspace,
+                           say, callbacks)  # fmt: skip
+        if not state.is_main_process:
+            return None
+        linearity = disentanglement = None
+        if held_out:
+            say("diagnosing: how linear the surrogate is in the vector")
+            linearity, disentanglement = diagnose(
+                aligned,
+                workspace.surrogate,
+                tokenizer,
+                held_out,
+                attention=recipe.attention,
+                batch_size=recipe.batch_size,
+                domain=domain,
+            )
+        say("writing the vector: aligned - surrogate, from fp32 master weights")
+        build = write_vector(
+            compare(aligned, local(workspace.surrogate), recipe.scope),
+            folder,
+            name=out.name,
+            dtype=dtype,
+            recipe=made,
+            from_masters=True,
+            progress=progress,
+        )
+        pictures.write_curve(folder, curve)
+        drawn = pictures.draw(folder, curve, linearity, disentanglement)
+        report = DistilReport(made, curve, linearity, disentanglement, build, drawn)
+        (folder / REPORT).write_text(json.dumps(report.to_json(), indent=2) + "\n")
+        if keep_surrogate is not None:
+            shutil.copytree(workspace.surrogate, kept, dirs_exist_ok=True)
+            (kept / "README.md").write_text(_WARNING.format(aligned=build.manifest.aligned.id))
+    workspace.remove()
+    return report
+
+
+def _examples(
+    data: Path,
+    tokenizer: Any,
+    recipe: Recipe,
+    drop_duplicates: bool,
+    say: Callable[[str], None],
+) -> tuple[PairFile, list[Example], list[Example]]:
+    """Everything is checked, all pairs, before one is drawn: what is drawn is a matter of seeds."""
+    file = read_pairs(data, drop_duplicates=drop_duplicates)
+    examples, faults = encode(tokenizer, file.pairs, max_length=recipe.max_length)
+    refuse_faults(file, faults)
+    of_pair: dict[Pair, Example] = dict(zip(file.pairs, examples, strict=True))
+    drawn = split(file.pairs, count=recipe.pairs, eval_share=recipe.eval_share, seed=recipe.seed)
+    training, held_out = ([of_pair[pair] for pair in part] for part in drawn)
+    if not training:
+        refuse_faults(PairFile(file.name, file.digest, file.rows, (), file.safe, 0, ()))
+    left_out = [f"{file.safe} safe"] * bool(file.safe)
+    left_out += [f"{file.duplicates} repeated"] * bool(file.duplicates)
+    rest = len(file.pairs) - len(training) - len(held_out)
+    left_out += [f"{rest} not drawn"] * bool(rest)
+    say(
+        f"{file.rows} rows: {len(training)} pairs to train on, {len(held_out)} held out"
+        + "".join(f", {text}" for text in left_out)
+    )
+    return file, training, held_out
+
+
+def _domain(task: Task, tokenizer: Any, recipe: Recipe) -> TaskDomain:
+    """The task's pairs, checked like the others."""
+    file = read_pairs(task.data)
+    examples, faults = encode(tokenizer, file.pairs, max_length=recipe.max_length)
+    refuse_faults(file, faults)
+    return TaskDomain(task.task_model, task.base_model, examples)
+
+
+def _train(
+    aligned: Location,
+    tokenizer: Any,
+    training: list[Example],
+    held_out: list[Example],
+    recipe: Recipe,
+    arguments: TrainingArguments,
+    workspace: Workspace,
+    say: Callable[[str], None],
+    callbacks: tuple[TrainerCallback, ...],
+) -> list[Step]:
+    """Train, and leave the surrogate in the workspace, in fp32."""
+    model = load(aligned.path, attention=recipe.attention)
+    chosen = choose_parameters(model, recipe.scope)
+    linearization = linearize(model, recipe.linearize)
+    if recipe.linearize == "module":
+        say(
+            f"linearised: {len(linearization.modules)} feed-forward blocks; layers that are "
+            "linear in their weights are their own expansion"
+        )
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    say(f"training: {len(chosen)} tensors, {trained:,} weights")
+    trainer, curve = train(
+        model,
+        tokenizer,
+        training,
+        held_out,
+        arguments,
+        group_by_length=recipe.group_by_length,
+        callbacks=callbacks,
+    )
+    linearization.restore()
+    trainer.save_model(str(workspace.surrogate))  # every process: shards are gathered
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
+        tokenizer.save_pretrained(workspace.surrogate)
+        workspace.finish(curve)
+    return curve
+
+
+@contextmanager
+def _cleared(workspace: Workspace) -> Iterator[None]:
+    """A refusal leaves nothing to resume; an interruption does."""
+    try:
+        yield
+    except EnchTableError:
+        workspace.remove()
+        raise
