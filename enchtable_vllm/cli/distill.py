@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +15,7 @@ from enchtable_vllm.cli.output import errors, out, print_json, progress_bar, say
 from enchtable_vllm.cli.vector import JsonOption
 from enchtable_vllm.distill.recipe import Attention, Linearize, Recipe
 from enchtable_vllm.errors import ConfigError, TrainingDataError, printable
+from enchtable_vllm.progress import Progress
 from enchtable_vllm.vector import SafetyVector, Scope
 from enchtable_vllm.vector.build import StoredDtype
 
@@ -131,7 +133,14 @@ def distill(
         ) from error
     task = _task(task_model, base_model, task_data)
     try:
-        with progress_bar("Writing") as progress:
+        with ExitStack() as stack:
+            bar: list[Progress] = []
+
+            def progress(name: str, done: int, total: int) -> None:
+                """Not before there is something to write: training has a bar of its own."""
+                bar[:] = bar or [stack.enter_context(progress_bar("Writing"))]
+                bar[0](name, done, total)
+
             report = distil(
                 locate(model, what="aligned model"),
                 data,
@@ -143,12 +152,12 @@ def distill(
                 drop_duplicates=drop_duplicates,
                 overwrite=overwrite,
                 resume=resume,
-                say=lambda line: errors.print(printable(line), markup=False, highlight=False),
+                say=_tell,
                 progress=progress,
             )
     except TrainingDataError as error:
         for fault in error.faults:
-            errors.print(printable(fault), markup=False, highlight=False, soft_wrap=True)
+            _tell(fault)
         raise
     if report is None:  # not the first process of a launch
         return
@@ -161,6 +170,10 @@ def distill(
         print_json({"output": str(output), "fingerprint": fingerprint, **report.to_json()})
     else:
         _print(report, output, keep_surrogate)
+
+
+def _tell(line: str) -> None:
+    errors.print(printable(line), markup=False, highlight=False, soft_wrap=True)
 
 
 def _task(task_model: str | None, base_model: str | None, data: Path | None) -> Task | None:

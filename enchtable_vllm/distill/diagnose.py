@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from enchtable_vllm.checkpoint import Location
-from enchtable_vllm.distill.answers import batches
+from enchtable_vllm.distill.answers import AnswerBatch, batches
 from enchtable_vllm.distill.disentangle import Disentanglement, measure_disentanglement
 from enchtable_vllm.distill.encode import Example, collator
 from enchtable_vllm.distill.linearity import Linearity, measure_linearity
@@ -63,7 +63,7 @@ def diagnose(
     change = _difference(load(surrogate, attention=attention), model)
     collate = collator(model, tokenizer)
 
-    def batched(examples: Sequence[Example]) -> list:  # type: ignore[type-arg]
+    def batched(examples: Sequence[Example]) -> list[AnswerBatch]:
         return list(batches(examples, collate, size=batch_size, device=device))
 
     linearity = measure_linearity(model, change, batched(held_out))

@@ -30,7 +30,7 @@ layer. Of ``model`` the layers cannot be recomputed one by one, because they wou
 the product by then: their checkpointing is switched off inside, results are the same, and
 activations take the memory of two forward passes.
 
-Source: arXiv 2511.09880, section on NTK-constrained distillation; Ortiz-Jimenez et al.,
+Source: arXiv 2511.09880, its distillation stage; Ortiz-Jimenez, Favero and Frossard,
 "Task Arithmetic in the Tangent Space", NeurIPS 2023, for the expansion.
 """
 

@@ -192,6 +192,8 @@ def distil(
         if curve is None:
             curve = _train(aligned, tokenizer, training, held_out, recipe, arguments, workspace,
                            say, callbacks)  # fmt: skip
+        if state.num_processes > 1:
+            state.destroy_process_group()  # what follows is one process's work
         if not state.is_main_process:
             return None
         linearity = disentanglement = None

@@ -3,11 +3,10 @@
 Weights are fp32 masters under bf16 autocast: a safety vector is a small difference, of which
 16-bit weights would keep next to nothing.
 
-Why Trainer and not TRL's SFTTrainer, which is a Trainer too: what it adds is the preparation of
-data, and there it cuts what is too long, where a pair that does not fit has to be refused with
-its line; it takes ``datasets`` for a file of a thousand lines; and its loss on answers alone asks
-the chat template for markers that most templates do not have. Schedules, accumulation, mixed
-precision, checkpoints, resuming and several processes are Trainer's and accelerate's in both.
+Why Trainer and not TRL's SFTTrainer, which is a Trainer too: what that adds is the preparation of
+data, and there it cuts what is too long, where here a pair that does not fit has to be refused
+with its line; and it brings ``datasets``, for a file of a thousand lines. Schedules, accumulation,
+mixed precision, checkpoints, resuming and several processes are Trainer's and accelerate's in both.
 """
 
 from __future__ import annotations

@@ -171,7 +171,7 @@ def test_the_guides_launches_are_what_accelerate_and_the_command_take():
 def test_two_processes_make_one_vector(aligned, pairs, tmp_path):
     """Over gloo; the same step of four pairs as one process that accumulates two batches."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    launch = "-m accelerate.commands.launch --cpu --num_processes 2 --num_machines 1"
+    launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1"
     launch += " --mixed_precision no --dynamo_backend no -m enchtable_vllm.cli distill"
     settings = ["--batch-size", "2", "--gradient-accumulation", "1", "--fp32", *BRIEF]
     both = tmp_path / "both"
