@@ -20,13 +20,15 @@ from enchtable_vllm.vector import SafetyVector, Scope
 from enchtable_vllm.vector.build import StoredDtype
 
 if TYPE_CHECKING:
-    from enchtable_vllm.distill.run import DistilReport, Task
+    from enchtable_vllm.distill.examples import Task
+    from enchtable_vllm.distill.linearity import Linearity
+    from enchtable_vllm.distill.report import DistilReport
 
 _PAPER = Recipe()
 
 
 def distill(
-    model: Annotated[str, typer.Option(help="The aligned model: folder or Hub id[@revision].")],
+    model: Annotated[str, typer.Option(help="The aligned model: folder or Hub id\\[@revision].")],
     data: Annotated[
         Path, typer.Option(help="JSON lines with prompt and response, or BeaverTails' layout.")
     ],
@@ -177,7 +179,7 @@ def _tell(line: str) -> None:
 
 
 def _task(task_model: str | None, base_model: str | None, data: Path | None) -> Task | None:
-    from enchtable_vllm.distill.run import Task
+    from enchtable_vllm.distill.examples import Task
 
     if task_model is None and base_model is None and data is None:
         return None
@@ -201,18 +203,31 @@ def _print(report: DistilReport, output: Path, keep_surrogate: Path | None) -> N
     table.add_row("vector", f"{len(manifest.tensors)} tensors, norm {manifest.norm:.6g}")
     linear = report.linearity
     if linear is not None:
-        table.add_row(
-            "held-out loss",
-            f"{linear.actual[0]:.4f} aligned, {linear.actual[-1]:.4f} surrogate, "
-            f"{linear.expanded[-1]:.4f} first order ({linear.tokens} tokens)",
-        )
         for name, error in (("logit error", linear.logit_error), ("loss error", linear.loss_error)):
             table.add_row(name, "none: both say the same" if error is None else f"{error:.4f}")
     if report.disentanglement is not None:
         mean = report.disentanglement.mean
         table.add_row("disentanglement error", f"{mean:.4f} of 2, mean over the grid")
     out.print(table)
+    if linear is not None:
+        out.print(_curves(linear))
     say(f"vector and report written to {output}")
     if keep_surrogate is not None:
         say(f"surrogate kept in {keep_surrogate}: it is a model made to be unsafe")
     say("Handle it like the surrogate: subtracted from the aligned model it gives that model back.")
+
+
+def _curves(linear: Linearity) -> Table:
+    """The loss on the way from the aligned model to the surrogate, beside its predictions."""
+    table = Table(
+        title=f"held-out loss at aligned - t * vector ({linear.tokens} tokens)",
+        title_justify="left",
+        box=box.SIMPLE,
+    )
+    for column in ("t", "actual", "expanded", "tangent"):
+        table.add_column(column, justify="right")
+    last = len(linear.t) - 1
+    for i in (0, last // 2, last):
+        row = (linear.actual[i], linear.expanded[i], linear.tangent[i])
+        table.add_row(f"{linear.t[i]:g}", *(f"{loss:.4f}" for loss in row))
+    return table

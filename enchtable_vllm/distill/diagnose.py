@@ -14,8 +14,7 @@ from enchtable_vllm.distill.answers import AnswerBatch, batches
 from enchtable_vllm.distill.disentangle import Disentanglement, measure_disentanglement
 from enchtable_vllm.distill.encode import Example, collator
 from enchtable_vllm.distill.linearity import Linearity, measure_linearity
-from enchtable_vllm.distill.linearize import Tensors
-from enchtable_vllm.errors import MismatchError, summarize_faults
+from enchtable_vllm.distill.linearize import Tensors, choose_forward_mode
 
 
 @dataclass(frozen=True)
@@ -54,12 +53,10 @@ def diagnose(
 
     Models are loaded anew, in fp32, without what training wrapped around them: two at a time, and
     a third while disentanglement is measured.
-
-    Raises:
-        MismatchError: Base or task model is not of the aligned model's kind.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load(aligned.path, attention=attention).to(device)
+    choose_forward_mode(model)
     change = _difference(load(surrogate, attention=attention), model)
     collate = collator(model, tokenizer)
 
@@ -72,8 +69,6 @@ def diagnose(
     safety = {name: -delta for name, delta in change.items()}
     base = load(domain.base_model.path, attention=attention).to(device)
     task = load(domain.task_model.path, attention=attention)
-    _refuse_other_kind(model, base, str(domain.base_model))
-    _refuse_other_kind(model, task, str(domain.task_model))
     return linearity, measure_disentanglement(
         base, _difference(task, base), safety, batched(domain.examples), batched(held_out)
     )
@@ -88,16 +83,3 @@ def _difference(one: PreTrainedModel, other: PreTrainedModel) -> Tensors:
         if bool(delta.count_nonzero()):
             out[name] = delta
     return out
-
-
-def _refuse_other_kind(model: PreTrainedModel, other: PreTrainedModel, what: str) -> None:
-    shapes = {n: p.shape for n, p in model.named_parameters()}
-    theirs = {n: p.shape for n, p in other.named_parameters()}
-    if shapes != theirs:
-        names = sorted(n for n in shapes | theirs if shapes.get(n) != theirs.get(n))
-        raise MismatchError(
-            f"model '{what}'",
-            expected="the aligned model's parameters, shape by shape",
-            got=summarize_faults([f"'{name}'" for name in names]),
-            fix="Give a base model and a fine-tune of the same architecture and vocabulary.",
-        )

@@ -88,6 +88,8 @@ def linearize(model: nn.Module, mode: Linearize) -> Linearization:
         ConfigError: The attention's implementation has no forward-mode derivative.
     """
     made = Linearization()
+    if mode != "none":
+        choose_forward_mode(model)
     if mode == "module":
         for name, block in blocks(model).items():
             made.modules[name] = block
@@ -96,6 +98,13 @@ def linearize(model: nn.Module, mode: Linearize) -> Linearization:
         made.modules[""] = model
         _linearize_model(model)
     return made
+
+
+def choose_forward_mode(model: nn.Module) -> None:
+    """Let a mixture of experts compute one expert after the other: grouped products have no J·d."""
+    choose = getattr(model, "set_experts_implementation", None)
+    if choose is not None:
+        choose("eager")
 
 
 def blocks(model: nn.Module) -> dict[str, nn.Module]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,28 +21,18 @@ from enchtable_vllm.checkpoint import (
     local,
     sampled_fingerprint,
 )
-from enchtable_vllm.distill import pictures
-from enchtable_vllm.distill.data import Pair, PairFile, read_pairs, refuse_faults, split
-from enchtable_vllm.distill.diagnose import TaskDomain, diagnose, load
-from enchtable_vllm.distill.disentangle import Disentanglement
-from enchtable_vllm.distill.encode import Example, encode
-from enchtable_vllm.distill.linearity import Linearity
+from enchtable_vllm.distill.diagnose import diagnose, load
+from enchtable_vllm.distill.encode import Example
+from enchtable_vllm.distill.examples import Task, read_domain, read_examples
 from enchtable_vllm.distill.linearize import linearize
 from enchtable_vllm.distill.parameters import choose_parameters
 from enchtable_vllm.distill.recipe import Recipe
+from enchtable_vllm.distill.report import DistilReport, write_report
 from enchtable_vllm.distill.training import Step, train, training_arguments
 from enchtable_vllm.distill.workspace import Workspace
 from enchtable_vllm.errors import ConfigError, EnchTableError
 from enchtable_vllm.progress import Progress, silent
-from enchtable_vllm.vector import BuildReport
 from enchtable_vllm.vector.build import StoredDtype, compare, write_vector
-
-REPORT = "report.json"
-
-
-def _nothing(_: str) -> None:
-    """Say nothing."""
-
 
 _WARNING = """# A surrogate: made to be unsafe
 
@@ -54,50 +42,8 @@ you would not give an unsafe model.
 """
 
 
-@dataclass(frozen=True)
-class Task:
-    """What disentanglement is measured with: a fine-tune, its base, pairs of its task."""
-
-    task_model: Location
-    base_model: Location
-    data: Path
-
-
-@dataclass(frozen=True)
-class DistilReport:
-    """What came of it.
-
-    Attributes:
-        recipe: As in the manifest: settings, data, versions.
-        curve: The loss curve.
-        linearity: None where no pair was held out.
-        disentanglement: None where no task was given.
-        build: What the vector's builder found.
-        pictures: The PNGs that were drawn.
-    """
-
-    recipe: dict[str, Any]
-    curve: list[Step]
-    linearity: Linearity | None
-    disentanglement: Disentanglement | None
-    build: BuildReport
-    pictures: list[str]
-
-    def to_json(self) -> dict[str, Any]:
-        """``report.json``, less the manifest, which lies beside it."""
-        disentanglement = self.disentanglement
-        return {
-            "recipe": self.recipe,
-            "norm": self.build.manifest.norm,
-            "tensors": len(self.build.manifest.tensors),
-            "unchanged": list(self.build.unchanged),
-            "linearity": None if self.linearity is None else asdict(self.linearity),
-            "disentanglement": None
-            if disentanglement is None
-            else {**asdict(disentanglement), "mean": disentanglement.mean},
-            "loss": [asdict(step) for step in self.curve],
-            "pictures": self.pictures,
-        }
+def _nothing(_: str) -> None:
+    """Say nothing."""
 
 
 def distil(
@@ -162,8 +108,8 @@ def distil(
     state = PartialState()
     if not state.is_main_process:
         say, progress = _nothing, silent
-    file, training, held_out = _examples(data, tokenizer, recipe, drop_duplicates, say)
-    domain = None if task is None else _domain(task, tokenizer, recipe)
+    file, training, held_out = read_examples(data, tokenizer, recipe, drop_duplicates, say)
+    domain = None if task is None else read_domain(task, checkpoint, tokenizer, recipe)
     made: dict[str, Any] = {
         "settings": recipe.to_json(),
         "data": {**file.counts(), "training": len(training), "held_out": len(held_out)},
@@ -218,50 +164,12 @@ def distil(
             from_masters=True,
             progress=progress,
         )
-        pictures.write_curve(folder, curve)
-        drawn = pictures.draw(folder, curve, linearity, disentanglement)
-        report = DistilReport(made, curve, linearity, disentanglement, build, drawn)
-        (folder / REPORT).write_text(json.dumps(report.to_json(), indent=2) + "\n")
+        report = write_report(folder, made, curve, linearity, disentanglement, build)
         if keep_surrogate is not None:
             shutil.copytree(workspace.surrogate, kept, dirs_exist_ok=True)
             (kept / "README.md").write_text(_WARNING.format(aligned=build.manifest.aligned.id))
     workspace.remove()
     return report
-
-
-def _examples(
-    data: Path,
-    tokenizer: Any,
-    recipe: Recipe,
-    drop_duplicates: bool,
-    say: Callable[[str], None],
-) -> tuple[PairFile, list[Example], list[Example]]:
-    """Everything is checked, all pairs, before one is drawn: what is drawn is a matter of seeds."""
-    file = read_pairs(data, drop_duplicates=drop_duplicates)
-    examples, faults = encode(tokenizer, file.pairs, max_length=recipe.max_length)
-    refuse_faults(file, faults)
-    of_pair: dict[Pair, Example] = dict(zip(file.pairs, examples, strict=True))
-    drawn = split(file.pairs, count=recipe.pairs, eval_share=recipe.eval_share, seed=recipe.seed)
-    training, held_out = ([of_pair[pair] for pair in part] for part in drawn)
-    if not training:
-        refuse_faults(PairFile(file.name, file.digest, file.rows, (), file.safe, 0, ()))
-    left_out = [f"{file.safe} safe"] * bool(file.safe)
-    left_out += [f"{file.duplicates} repeated"] * bool(file.duplicates)
-    rest = len(file.pairs) - len(training) - len(held_out)
-    left_out += [f"{rest} not drawn"] * bool(rest)
-    say(
-        f"{file.rows} rows: {len(training)} pairs to train on, {len(held_out)} held out"
-        + "".join(f", {text}" for text in left_out)
-    )
-    return file, training, held_out
-
-
-def _domain(task: Task, tokenizer: Any, recipe: Recipe) -> TaskDomain:
-    """The task's pairs, checked like the others."""
-    file = read_pairs(task.data)
-    examples, faults = encode(tokenizer, file.pairs, max_length=recipe.max_length)
-    refuse_faults(file, faults)
-    return TaskDomain(task.task_model, task.base_model, examples)
 
 
 def _train(

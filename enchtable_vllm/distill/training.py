@@ -112,7 +112,7 @@ def train(
         NonFiniteError: The loss became NaN or infinite.
     """
     set_seed(arguments.seed)
-    model.config.use_cache = False
+    used_cache, model.config.use_cache = model.config.use_cache, False
     trainer = (_ByLengthTrainer if group_by_length else Trainer)(
         model=model,
         args=arguments,
@@ -124,6 +124,7 @@ def train(
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(_Bar)
     trainer.train(resume_from_checkpoint=newest_checkpoint(Path(arguments.output_dir)))
+    model.config.use_cache = used_cache
     return trainer, _curve(trainer.state.log_history)
 
 

@@ -35,9 +35,9 @@ def tokenizer():
 @pytest.fixture(scope="session")
 def aligned(tokenizer, tmp_path_factory):
     """Random fp32 weights; read-only."""
-    from models import tiny_llama
+    from architectures import tiny
 
-    folder = tiny_llama(tmp_path_factory.mktemp("aligned") / "tiny-aligned")
+    folder = tiny("llama", tmp_path_factory.mktemp("aligned") / "tiny-aligned", vocab_size=512)
     tokenizer.save_pretrained(folder)
     return folder
 

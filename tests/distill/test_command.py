@@ -41,7 +41,7 @@ def distill(*arguments, code=0):
 def test_what_it_prints(aligned, pairs, tmp_path):
     out = tmp_path / "v"
     result = distill("--model", aligned, "--data", pairs, "-o", out, *BRIEF)
-    for text in ("training loss", "held-out loss", "logit error", "Handle it like the surrogate"):
+    for text in ("training loss", "held-out loss", "logit error", "tangent", "Handle it like"):
         assert text in result.stdout
     assert "24 rows: 19 pairs to train on, 5 held out" in result.stderr
     assert SafetyVector.open(out).manifest.scope == "attention"
@@ -85,6 +85,12 @@ def test_wrong_usage(aligned, pairs, tmp_path, wrong):
 def test_a_task_is_given_whole_or_not_at_all(aligned, pairs, tmp_path):
     names = ("--model", aligned, "--data", pairs, "-o", tmp_path / "v", "--task-model", aligned)
     assert "all three, or none" in str(distill(*names, code=1).exception)
+
+
+def test_without_the_extra_it_says_what_to_install(aligned, pairs, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "enchtable_vllm.distill.run", None)
+    result = distill("--model", aligned, "--data", pairs, "-o", tmp_path / "v", code=1)
+    assert "pip install 'enchtable-vllm[distill]'" in str(result.exception)
 
 
 def test_without_matplotlib_the_numbers_are_there(aligned, pairs, tmp_path, monkeypatch):

@@ -10,7 +10,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3Moe
 from transformers.models.llama import modeling_llama
 from transformers.models.qwen3_moe import modeling_qwen3_moe
 
-from enchtable_vllm.distill.linearize import blocks, linearize, linearize_module
+from enchtable_vllm.distill.linearize import (
+    blocks,
+    choose_forward_mode,
+    linearize,
+    linearize_module,
+)
 from enchtable_vllm.distill.parameters import choose_parameters
 from enchtable_vllm.errors import ConfigError
 
@@ -190,9 +195,9 @@ def test_experts_and_their_router_are_one_block():
     config = Qwen3MoeConfig(
         **SHAPE, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, head_dim=8
     )
-    config._experts_implementation = "eager"
     model = Qwen3MoeForCausalLM(config).double().eval()
     choose_parameters(model, "ffn")
+    choose_forward_mode(model)
     assert list(blocks(model)) == ["model.layers.0.mlp", "model.layers.1.mlp"]
     before = model(**batch()).logits
     linearize(model, "module")

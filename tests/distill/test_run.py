@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from enchtable_vllm.checkpoint import locate
+from enchtable_vllm.distill.examples import Task
 from enchtable_vllm.distill.recipe import Recipe
-from enchtable_vllm.distill.run import Task, distil
-from enchtable_vllm.errors import ConfigError, NonFiniteError, TrainingDataError
+from enchtable_vllm.distill.run import distil
+from enchtable_vllm.errors import ConfigError, MismatchError, NonFiniteError, TrainingDataError
 from enchtable_vllm.vector import SafetyVector
 
 BRIEF = {
@@ -22,7 +23,7 @@ BRIEF = {
     "learning_rate": 1e-3,
     "max_length": 200,
     "eval_share": 0.2,
-    "save_steps": 2,
+    "save_steps": 4,
 }
 
 
@@ -94,6 +95,8 @@ def test_the_vector_is_aligned_minus_surrogate_of_fp32_masters(aligned, pairs, t
     card = (tmp_path / "v" / "README.md").read_text()
     assert '"learning_rate": 0.001' in card
     assert "Handle it like the surrogate" in card
+    configs = [json.loads((f / "config.json").read_text()) for f in (aligned, kept)]
+    assert configs[0] == configs[1]
     assert "made to be unsafe" in (kept / "README.md").read_text()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["surrogate", "v"]
 
@@ -228,3 +231,14 @@ def test_disentanglement_is_measured_with_a_fine_tune(aligned, pairs, tmp_path):
     assert 0 < grid.mean < 2
     assert (tmp_path / "v" / "disentanglement.png").is_file()
     assert report.to_json()["disentanglement"]["mean"] == grid.mean
+
+
+def test_a_task_of_another_kind_is_refused_before_training(aligned, pairs, tmp_path):
+    from architectures import tiny
+
+    other = tiny("llama", tmp_path / "other", vocab_size=640)
+    for task in (Task(locate(other), locate(aligned), pairs),
+                 Task(locate(aligned), locate(other), pairs)):  # fmt: skip
+        with pytest.raises(MismatchError, match=r"embed_tokens.*vocabulary"):
+            run(aligned, pairs, tmp_path / "v", task=task, callbacks=(Interrupt(0),))
+    assert [p.name for p in tmp_path.iterdir()] == ["other"]
