@@ -55,24 +55,7 @@ from enchtable_vllm.vector import in_scope
 Tensors = dict[str, torch.Tensor]
 
 
-class Linearization:
-    """A model some of whose forward passes are first-order expansions.
-
-    Attributes:
-        modules: Names of what was replaced; ``""`` is the model itself.
-    """
-
-    def __init__(self) -> None:
-        self.modules: dict[str, nn.Module] = {}
-
-    def restore(self) -> None:
-        """Give the modules back their own forward pass; weights stay as trained."""
-        for module in self.modules.values():
-            module.__dict__.pop("forward", None)
-        self.modules = {}
-
-
-def linearize(model: nn.Module, mode: Linearize) -> Linearization:
+def linearize(model: nn.Module, mode: Linearize) -> list[str]:
     """Replace forward passes by their expansion around the weights as they are now.
 
     Args:
@@ -81,23 +64,22 @@ def linearize(model: nn.Module, mode: Linearize) -> Linearization:
         mode: What is replaced.
 
     Returns:
-        What was replaced, to be restored. Empty for ``none``, and for ``module`` where no block
-        trains that is not linear already.
+        Names of what was replaced, ``""`` for the model itself. None for ``none``, and for
+        ``module`` where no block trains that is not linear already.
 
     Raises:
         ConfigError: The attention's implementation has no forward-mode derivative.
     """
-    made = Linearization()
-    if mode != "none":
-        choose_forward_mode(model)
-    if mode == "module":
-        for name, block in blocks(model).items():
-            made.modules[name] = block
-            linearize_module(block)
-    elif mode == "model":
-        made.modules[""] = model
+    if mode == "none":
+        return []
+    choose_forward_mode(model)
+    if mode == "model":
         _linearize_model(model)
-    return made
+        return [""]
+    chosen = blocks(model)
+    for block in chosen.values():
+        linearize_module(block)
+    return list(chosen)
 
 
 def choose_forward_mode(model: nn.Module) -> None:
@@ -141,7 +123,7 @@ def first_order(
     """
     # The fused attentions have no forward mode. And torch compiles some of its own rules for it
     # at their first use, with a function that it says is deprecated.
-    with _no_autocast_cache(), sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+    with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
         warnings.filterwarnings("ignore", r".*torch\.jit\.script", DeprecationWarning)
         made = jvp(function, (start,), (change,))
     return made[0], made[1]
@@ -242,15 +224,3 @@ def _without_checkpointing(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.gradient_checkpointing = True  # type: ignore[assignment]
-
-
-@contextmanager
-def _no_autocast_cache() -> Iterator[None]:
-    """Autocast keeps casts of weights for reuse: here they would outlive their product."""
-    devices = [d for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)]
-    before = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(before and not devices)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(before)

@@ -186,10 +186,10 @@ def _train(
     """Train, and leave the surrogate in the workspace, in fp32."""
     model = load(aligned.path, attention=recipe.attention)
     chosen = choose_parameters(model, recipe.scope)
-    linearization = linearize(model, recipe.linearize)
+    replaced = linearize(model, recipe.linearize)
     if recipe.linearize == "module":
         say(
-            f"linearised: {len(linearization.modules)} feed-forward blocks; layers that are "
+            f"linearised: {len(replaced)} feed-forward blocks; layers that are "
             "linear in their weights are their own expansion"
         )
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -203,7 +203,6 @@ def _train(
         group_by_length=recipe.group_by_length,
         callbacks=callbacks,
     )
-    linearization.restore()
     trainer.save_model(str(workspace.surrogate))  # every process: shards are gathered
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():

@@ -6,13 +6,15 @@ import stat
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from models import perturbed
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from enchtable_vllm.checkpoint import locate
 from enchtable_vllm.distill.examples import Task
 from enchtable_vllm.distill.recipe import Recipe
 from enchtable_vllm.distill.run import distil
+from enchtable_vllm.distill.training import _ByLength
 from enchtable_vllm.errors import ConfigError, MismatchError, NonFiniteError, TrainingDataError
 from enchtable_vllm.vector import SafetyVector
 
@@ -103,11 +105,8 @@ def test_the_vector_is_aligned_minus_surrogate_of_fp32_masters(aligned, pairs, t
 
 def test_a_16_bit_aligned_model_costs_the_vector_nothing(aligned, pairs, tmp_path):
     rounded, kept = tmp_path / "rounded", tmp_path / "surrogate"
-    rounded.mkdir()
-    for path in aligned.iterdir():
-        (rounded / path.name).write_bytes(path.read_bytes())
-    stored = {n: t.bfloat16() for n, t in load_file(aligned / "model.safetensors").items()}
-    save_file(stored, rounded / "model.safetensors", metadata={"format": "pt"})
+    perturbed(aligned, rounded, scale=0.0, seed=0, dtype=torch.bfloat16)
+    stored = load_file(rounded / "model.safetensors")
     report = run(
         rounded, pairs, tmp_path / "v", keep_surrogate=kept, learning_rate=2e-6, eval_share=0
     )
@@ -178,6 +177,22 @@ def test_what_belongs_to_other_inputs_is_begun_anew(aligned, pairs, tmp_path, ch
     assert not [line for line in lines if "resuming" in line]
 
 
+def test_batches_of_like_length_come_in_another_order_each_epoch(
+    aligned, pairs, tmp_path, monkeypatch
+):
+    orders, drawn = [], _ByLength.__iter__
+
+    def watched(self):
+        orders.append(list(drawn(self)))
+        return iter(orders[-1])
+
+    monkeypatch.setattr(_ByLength, "__iter__", watched)
+    run(aligned, pairs, tmp_path / "v", group_by_length=True, eval_share=0)
+    first, second = orders[-2:]
+    assert first != second
+    assert sorted(first) == sorted(second) == list(range(24))
+
+
 def test_seeds_decide(aligned, pairs, tmp_path):
     prints = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
@@ -219,8 +234,6 @@ def test_whole_model_expansions_are_refused_where_weights_are_sharded(
 
 
 def test_disentanglement_is_measured_with_a_fine_tune(aligned, pairs, tmp_path):
-    from models import perturbed
-
     task = perturbed(aligned, tmp_path / "task", scale=0.02, seed=5)
     report = run(
         aligned, pairs, tmp_path / "v", epochs=1, task=Task(locate(task), locate(aligned), pairs)
