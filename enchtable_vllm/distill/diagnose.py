@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from enchtable_vllm.checkpoint import Location
 from enchtable_vllm.distill.answers import AnswerBatch, batches
@@ -15,6 +15,7 @@ from enchtable_vllm.distill.disentangle import Disentanglement, measure_disentan
 from enchtable_vllm.distill.encode import Example, collator
 from enchtable_vllm.distill.linearity import Linearity, measure_linearity
 from enchtable_vllm.distill.linearize import Tensors, choose_forward_mode
+from enchtable_vllm.distill.loading import load_model
 
 
 @dataclass(frozen=True)
@@ -29,14 +30,6 @@ class TaskDomain:
     task_model: Location
     base_model: Location
     examples: Sequence[Example]
-
-
-def load(folder: Path, *, attention: str = "sdpa") -> PreTrainedModel:
-    """A checkpoint as an fp32 model."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation=attention
-    )
-    return model.eval()
 
 
 def diagnose(
@@ -55,9 +48,9 @@ def diagnose(
     a third while disentanglement is measured.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load(aligned.path, attention=attention).to(device)
+    model = load_model(aligned.path, attention=attention).to(device)
     choose_forward_mode(model)
-    change = _difference(load(surrogate, attention=attention), model)
+    change = _difference(load_model(surrogate, attention=attention), model)
     collate = collator(model, tokenizer)
 
     def batched(examples: Sequence[Example]) -> list[AnswerBatch]:
@@ -67,8 +60,8 @@ def diagnose(
     if domain is None:
         return linearity, None
     safety = {name: -delta for name, delta in change.items()}
-    base = load(domain.base_model.path, attention=attention).to(device)
-    task = load(domain.task_model.path, attention=attention)
+    base = load_model(domain.base_model.path, attention=attention).to(device)
+    task = load_model(domain.task_model.path, attention=attention)
     return linearity, measure_disentanglement(
         base, _difference(task, base), safety, batched(domain.examples), batched(held_out)
     )

@@ -11,7 +11,7 @@ from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
-from transformers import AutoTokenizer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
 from enchtable_vllm.checkpoint import (
@@ -21,10 +21,11 @@ from enchtable_vllm.checkpoint import (
     local,
     sampled_fingerprint,
 )
-from enchtable_vllm.distill.diagnose import diagnose, load
+from enchtable_vllm.distill.diagnose import diagnose
 from enchtable_vllm.distill.encode import Example
 from enchtable_vllm.distill.examples import Task, read_domain, read_examples
 from enchtable_vllm.distill.linearize import linearize
+from enchtable_vllm.distill.loading import load_model, load_tokenizer
 from enchtable_vllm.distill.parameters import choose_parameters
 from enchtable_vllm.distill.recipe import Recipe
 from enchtable_vllm.distill.report import DistilReport, write_report
@@ -102,7 +103,7 @@ def distil(
     logging.disable_progress_bar()  # of loading and saving; training keeps its own
     checkpoint = Checkpoint(aligned.path, what="aligned model")
     checkpoint.refuse_quantized()
-    tokenizer = AutoTokenizer.from_pretrained(aligned.path)
+    tokenizer = load_tokenizer(aligned.path)
     workspace = Workspace(out)
     arguments = training_arguments(recipe, workspace.path)  # joins the processes of a launch
     state = PartialState()
@@ -184,7 +185,7 @@ def _train(
     callbacks: tuple[TrainerCallback, ...],
 ) -> list[Step]:
     """Train, and leave the surrogate in the workspace, in fp32."""
-    model = load(aligned.path, attention=recipe.attention)
+    model = load_model(aligned.path, attention=recipe.attention)
     chosen = choose_parameters(model, recipe.scope)
     replaced = linearize(model, recipe.linearize)
     if recipe.linearize == "module":

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import stat
 
 import pytest
@@ -15,7 +16,13 @@ from enchtable_vllm.distill.examples import Task
 from enchtable_vllm.distill.recipe import Recipe
 from enchtable_vllm.distill.run import distil
 from enchtable_vllm.distill.training import _ByLength
-from enchtable_vllm.errors import ConfigError, MismatchError, NonFiniteError, TrainingDataError
+from enchtable_vllm.errors import (
+    CheckpointError,
+    ConfigError,
+    MismatchError,
+    NonFiniteError,
+    TrainingDataError,
+)
 from enchtable_vllm.vector import SafetyVector
 
 BRIEF = {
@@ -223,6 +230,19 @@ def test_outputs_in_use_and_bad_data_are_refused_before_training(aligned, pairs,
     with pytest.raises(ConfigError, match="fault"):
         run(aligned, pairs, tmp_path / "v", callbacks=never, learning_rate=float("nan"))
     assert [p.name for p in tmp_path.iterdir()] == ["used"]
+
+
+def test_a_folder_that_transformers_cannot_use_is_refused(aligned, pairs, tmp_path):
+    for name, damage, message in (
+        ("bare", lambda f: [p.unlink() for p in f.glob("token*")], "a tokenizer beside"),
+        ("odd", lambda f: (f / "config.json").write_text('{"model_type": "odd"}'), "odd"),
+    ):
+        folder = tmp_path / name
+        shutil.copytree(aligned, folder)
+        damage(folder)
+        with pytest.raises(CheckpointError, match=message):
+            run(folder, pairs, tmp_path / "v")
+        assert not (tmp_path / "v").exists()
 
 
 def test_whole_model_expansions_are_refused_where_weights_are_sharded(
