@@ -5,8 +5,13 @@ import weakref
 from pathlib import Path
 
 import pytest
+import torch
 
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+if not torch.cuda.is_available():
+    # Triton's interpreter runs the kernels. It must be chosen before anything imports triton;
+    # child processes of other tests get an environment without it.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from test_cli import run
 from enchtable_kernels import pack_keep
 from enchtable_vllm.checkpoint import Location, tensor_digest
 from enchtable_vllm.errors import ConfigError, EnchTableError, MergePlanError
-from enchtable_vllm.merge import MergeStream, merge_checkpoint
+from enchtable_vllm.merge import MergeStream, TensorMerge, merge_checkpoint
 from enchtable_vllm.plan import MaskOptions, open_masks, read_plan, resolve_plan
 from enchtable_vllm.plan.masks import keep_mask
 from enchtable_vllm.serving.config import LoaderConfig
@@ -171,8 +171,9 @@ def test_damaged_masks_are_refused(masked, damage, message):
 def load(family):
     """As the loader does."""
     prepared = prepare_model(LoaderConfig(), str(family.task), None, None, device="cpu")
+    masks = prepared.masks
     pass_ = MergeStream(
-        prepared.resolved, prepared.vector, what="task model", masks=prepared.masks, ahead_bytes=1
+        TensorMerge(prepared.resolved, prepared.vector, what="task model", masks=masks)
     )
     return dict(pass_.merge(load_file(family.task / "model.safetensors").items())), pass_.report
 
@@ -180,7 +181,7 @@ def load(family):
 def test_a_plan_with_masks_is_never_merged_without_them(masked):
     resolved = resolve_plan(*read_plan(masked.plan))
     with pytest.raises(MergePlanError, match="its own masks"):
-        MergeStream(resolved, SafetyVector.open(masked.vector), what="task model")
+        TensorMerge(resolved, SafetyVector.open(masked.vector), what="task model")
 
 
 @pytest.mark.parametrize(

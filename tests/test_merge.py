@@ -1,7 +1,6 @@
 """The merged stream and the offline merge."""
 
 import shutil
-import threading
 
 import models
 import pytest
@@ -17,8 +16,7 @@ from enchtable_vllm.errors import (
     MismatchError,
     NonFiniteError,
 )
-from enchtable_vllm.merge import MergeStream, merge_checkpoint
-from enchtable_vllm.merge import stream as merge_stream
+from enchtable_vllm.merge import Ahead, MergeStream, TensorMerge, merge_checkpoint
 from enchtable_vllm.plan import read_plan, resolve_plan
 from enchtable_vllm.vector import SafetyVector, build_vector
 
@@ -33,9 +31,12 @@ def stored(family):
     return sorted(load_file(family.task / "model.safetensors").items())
 
 
-def stream(family, source, **options):
+def stream(family, source, *, ahead=None, **options):
     vector, resolved = inputs(family)
-    pass_ = MergeStream(resolved, vector, what="task model", **options)
+    of_one = {key: options.pop(key) for key in ("rounding", "verify_content") if key in options}
+    merge_one = TensorMerge(resolved, vector, what="task model", **of_one)
+    taken = {} if ahead is None else {"ahead": ahead(merge_one).take}
+    pass_ = MergeStream(merge_one, **taken, **options)
     return dict(pass_.merge(source)), pass_.report
 
 
@@ -120,7 +121,7 @@ def test_what_is_planned_must_come(family):
 
 def test_a_stream_that_is_not_finished_has_no_report(family):
     vector, resolved = inputs(family)
-    pass_ = MergeStream(resolved, vector, what="task model")
+    pass_ = MergeStream(TensorMerge(resolved, vector, what="task model"))
     for _ in pass_.merge(iter(stored(family)[:3])):
         break
     assert pass_.report is None
@@ -174,7 +175,7 @@ def test_an_int8_vector_is_merged_as_it_is_stored(family, tmp_path):
     )
     resolved = resolve_plan(*read_plan(tmp_path / "plan.json"))
     before = dict(stored(family))
-    pass_ = MergeStream(resolved, vector, what="task model")
+    pass_ = MergeStream(TensorMerge(resolved, vector, what="task model"))
     merged = dict(pass_.merge(before.items()))
     for name, row in resolved.coefficients.items():
         c = torch.tensor(row[0], dtype=torch.float32)
@@ -191,9 +192,7 @@ def test_stochastic_rounding_is_the_same_in_every_run_and_order(family, tmp_path
     vector, resolved = inputs(family)
     nearest, before = stream(family, stored(family), digest_merged=True)
     forwards, report = stream(family, stored(family), rounding="stochastic", digest_merged=True)
-    _, again = stream(
-        family, reversed(stored(family)), rounding="stochastic", digest_merged=True, ahead_bytes=1
-    )
+    _, again = stream(family, reversed(stored(family)), rounding="stochastic", digest_merged=True)
     assert report.merged_digest == again.merged_digest != before.merged_digest
     offline = merge_checkpoint(
         Location(family.task), vector, resolved, tmp_path / "out", rounding="stochastic"
@@ -219,55 +218,50 @@ def test_stochastic_rounding_of_fp16_is_refused_before_anything_is_written(famil
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("ahead", [1, 300_000, 10**9])
-@pytest.mark.parametrize("worth", [1, 100_000, 10**9])
-def test_running_ahead_changes_nothing_but_the_time(family, monkeypatch, ahead, worth):
-    monkeypatch.setattr(merge_stream, "_WORTH_A_THREAD", worth)
-    expected, _ = stream(family, stored(family), digest_merged=True)
-    vector, resolved = inputs(family)
-    seen = []
-    pass_ = MergeStream(
-        resolved,
-        vector,
-        what="task model",
-        ahead_bytes=ahead,
-        digest_merged=True,
-        on_tensor=seen.append,
-    )
-    got = list(pass_.merge(stored(family)))
-    assert [name for name, _ in got] == [name for name, _ in stored(family)] == seen
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in got)
-    assert pass_.report.kept == 13
+@pytest.fixture
+def merging_ahead(family):
+    """Merges in a thread, from the file itself, within a budget."""
+    begun = []
+    task = Checkpoint(family.task)
+
+    def begin(budget_bytes, order=lambda names: names):
+        def of(merge_one):
+            names = order([n for n in task.tensors if n in merge_one.resolved.coefficients])
+            sizes = {name: task.nbytes(name) for name in names}
+            begun.append(Ahead(lambda n: merge_one(n, task.read(n)), sizes, budget_bytes))
+            return begun[-1]
+
+        return of
+
+    yield begin
+    for each in begun:
+        each.close()
 
 
-def test_running_ahead_keeps_to_its_bytes_and_stops_at_the_first_failure(family, monkeypatch):
-    monkeypatch.setattr(merge_stream, "_WORTH_A_THREAD", 1)
-    vector, resolved = inputs(family)
-    tensors = stored(family)
-    source = Counted(tensors)
-    pass_ = MergeStream(resolved, vector, what="task model", ahead_bytes=400_000)
-    for i, _ in enumerate(pass_.merge(source), 1):
-        ahead = sum(t.nbytes for _, t in tensors[i : source.taken])
-        assert ahead <= 400_000 + max(t.nbytes for _, t in tensors)
-    bad = [(n, t[:4] if n == Q else t) for n, t in tensors]
-    source = Counted(bad)
-    before = threading.active_count()
-    with pytest.raises(MismatchError, match=r"\[4, 256\]"):
-        stream(family, source, ahead_bytes=1)
-    assert source.taken <= 2 + [n for n, _ in bad].index(Q)
-    assert threading.active_count() == before  # no thread of ours is left
+@pytest.mark.parametrize("budget", [0, 300_000, 10**9])
+@pytest.mark.parametrize("order", [list, reversed])
+@pytest.mark.parametrize("options", [{}, {"rounding": "stochastic", "verify_content": True}])
+def test_merging_ahead_changes_nothing_but_the_time(family, merging_ahead, budget, order, options):
+    expected, alone = stream(family, stored(family), digest_merged=True, **options)
+    ahead = merging_ahead(budget, order)
+    got, report = stream(family, stored(family), ahead=ahead, digest_merged=True, **options)
+    assert list(got) == [name for name, _ in stored(family)]
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in got.items())
+    assert (report.kept, report.merged_digest) == (13, alone.merged_digest)
+    assert report.effects == alone.effects
 
 
-class Counted:
-    """A source that knows how much of it was taken."""
+def test_what_was_merged_ahead_must_be_of_the_kind_that_comes(family, merging_ahead):
+    bad = [(n, t.float() if n == Q else t) for n, t in stored(family)]
+    ahead = merging_ahead(10**9)
 
-    def __init__(self, items):
-        self._items, self.taken = iter(items), 0
+    def patiently(merge_one):
+        begun = ahead(merge_one)
+        begun._thread.join()
+        return begun
 
-    def __iter__(self):
-        for item in self._items:
-            self.taken += 1
-            yield item
+    with pytest.raises(MismatchError, match=r"bfloat16, as its file says, got \[256, 256\]"):
+        stream(family, bad, ahead=patiently)
 
 
 def test_content_verification_finds_one_changed_byte_anywhere(family):
@@ -296,7 +290,7 @@ def test_offline_merge_refuses_the_wrong_task_model_and_vector(family, damaged, 
 
 def at_beta(family, beta):
     vector, resolved = inputs(family, beta=beta)
-    pass_ = MergeStream(resolved, vector, what="task model")
+    pass_ = MergeStream(TensorMerge(resolved, vector, what="task model"))
     list(pass_.merge(stored(family)))
     return pass_.report
 

@@ -28,6 +28,7 @@ from enchtable_vllm.checkpoint import (
 from enchtable_vllm.checkpoint.files import open_regular, refuse_link_out
 from enchtable_vllm.checkpoint.writer import write_index
 from enchtable_vllm.errors import CheckpointError
+from enchtable_vllm.merge.one import TensorMerge
 from enchtable_vllm.merge.report import MergeReport, Rounding
 from enchtable_vllm.merge.stream import MergeStream, check_rounding
 from enchtable_vllm.plan import PLAN_FILE, MergeMasks, ResolvedPlan
@@ -58,7 +59,7 @@ def merge_checkpoint(
         out: The folder to make; it appears whole or not at all.
         device: Where to merge; the CPU by default. The bits are the same.
         masks: Of the plan, if it has any.
-        rounding: See `MergeStream`.
+        rounding: See `TensorMerge`.
         overwrite: Replace ``out``.
         progress: Called with each tensor's name, how many are done, and how many there are.
 
@@ -79,16 +80,10 @@ def merge_checkpoint(
         progress(name, done, len(task.tensors))
 
     check_rounding(rounding, resolved, task)
-    stream = MergeStream(
-        resolved,
-        vector,
-        what=task.what,
-        device=device,
-        masks=masks,
-        rounding=rounding,
-        digest_merged=True,
-        on_tensor=on_tensor,
+    merge_one = TensorMerge(
+        resolved, vector, what=task.what, device=device, masks=masks, rounding=rounding
     )
+    stream = MergeStream(merge_one, digest_merged=True, on_tensor=on_tensor)
     inputs = (task.folder, vector.location.path)
     with FolderTransaction(out, overwrite=overwrite, inputs=inputs) as folder:
         _copy_everything_else(task, folder)

@@ -8,31 +8,23 @@ from __future__ import annotations
 
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from blake3 import blake3
 
-from enchtable_kernels import FLOAT_DTYPES, Effect, fused_add
+from enchtable_kernels import Effect
 from enchtable_vllm.checkpoint import Checkpoint, combine_digests, tensor_digest
 from enchtable_vllm.errors import (
     ConfigError,
     IncompleteMergeError,
-    MergePlanError,
-    MismatchError,
     NonFiniteError,
     SafetyVectorError,
     summarize_faults,
 )
+from enchtable_vllm.merge.one import Merged, TensorMerge
 from enchtable_vllm.merge.report import MergeReport, Rounding
-from enchtable_vllm.plan import MergeMasks, ResolvedPlan
-from enchtable_vllm.vector import SafetyVector
+from enchtable_vllm.plan import ResolvedPlan
 
-#: Below this, handing a tensor to a thread and back costs more than the thread gives.
-_WORTH_A_THREAD = 2**20
 #: A norm of what is added, below which nothing is concluded from it.
 _MEASURABLE = 1e-10
 
@@ -53,67 +45,37 @@ def check_rounding(rounding: Rounding, resolved: ResolvedPlan, task: Checkpoint)
         )
 
 
-def _rounding_key(name: str) -> int:
-    """64 bits of the name's hash: every rank, device and run draws the same noise."""
-    return int.from_bytes(blake3(name.encode()).digest()[:8], "little")
-
-
 class MergeStream:
     """One pass over a task model's tensors.
 
     Args:
-        resolved: What to merge; its vector and task model already checked.
-        vector: The safety vector.
-        what: How an error message calls the stream's source.
-        device: Where merging happens. A tensor that is elsewhere is moved there; None merges
-            each tensor where it is.
-        ahead_bytes: How far a thread of ours may be ahead of the consumer, in bytes of the
-            source; 0 makes none. Reading, hashing and adding of large tensors then overlap with
-            what the consumer does. Only for a source whose tensors stay valid while it goes on.
+        merge_one: Merges a tensor.
+        ahead: Takes what was merged ahead of the pass, from the same stored bytes; None for a
+            tensor whose turn it has not been.
         may_filter: Whether the source may leave a planned tensor out (other ranks' experts).
-        masks: Of the plan, if it has any.
-        rounding: ``stochastic`` rounds bf16 up or down at random, with noise that depends on the
-            tensor's name and the element's index alone. Experimental.
         foreign: Whether tensors that the plan does not know may come through untouched (a
             model's secondary weights).
-        verify_content: Whether every stored byte is checked against the plan.
         digest_merged: Whether the merged bytes are digested, so that two merges can be compared.
         on_tensor: Called after each tensor, for a progress bar.
     """
 
     def __init__(
         self,
-        resolved: ResolvedPlan,
-        vector: SafetyVector,
+        merge_one: TensorMerge,
         *,
-        what: str,
-        device: torch.device | None = None,
-        ahead_bytes: int = 0,
-        masks: MergeMasks | None = None,
-        rounding: Rounding = "nearest",
+        ahead: Callable[[str], Merged | None] = lambda _: None,
         may_filter: Callable[[str], bool] = lambda _: False,
         foreign: bool = False,
-        verify_content: bool = False,
         digest_merged: bool = False,
         on_tensor: Callable[[str], object] = lambda _: None,
     ) -> None:
-        self._resolved = resolved
-        self._vector = vector
-        self._what = what
-        self._device = device
-        self._ahead_bytes = ahead_bytes
-        if (masks is None) != (resolved.plan.masks is None):
-            raise MergePlanError(
-                "merge plan",
-                expected="its own masks" if masks is None else "no masks",
-                got="none" if masks is None else "some",
-                fix="Open them with 'open_masks'; a plan and its masks belong together.",
-            )
-        self._masks = masks
-        self._rounding = rounding
+        self._merge_one = merge_one
+        self._resolved = merge_one.resolved
+        self._vector = merge_one.vector
+        self._what = merge_one.what
+        self._ahead = ahead
         self._may_filter = may_filter
         self._foreign = foreign
-        self._verify_content = verify_content
         self._digests: dict[str, str] | None = {} if digest_merged else None
         self._on_tensor = on_tensor
         self._seen: set[str] = set()
@@ -134,100 +96,30 @@ class MergeStream:
             IncompleteMergeError: The source ended without a tensor that was to be merged.
         """
         started = time.perf_counter()
-        for name, merged in self._each_ahead(source) if self._ahead_bytes else self._each(source):
-            yield name, merged
+        for name, stored in source:
+            if name in self._seen:
+                raise self._merge_one.mismatch(name, "each tensor once", "it a second time")
+            self._seen.add(name)
+            yield name, self._one(name, stored)
             self._on_tensor(name)
         self.report = self._finish(time.perf_counter() - started)
 
-    def _each(
-        self, source: Iterable[tuple[str, torch.Tensor]]
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, stored in source:
-            self._refuse_repeated(name)
-            yield name, self._one(name, stored)
-
-    def _each_ahead(
-        self, source: Iterable[tuple[str, torch.Tensor]]
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        """The same tensors in the same order; what is worth it is merged by one thread of ours."""
-        waiting: deque[tuple[str, int, Future[torch.Tensor]]] = deque()
-        waiting_bytes = 0
-        on_our_stream = self._stream_of_this_thread()
-        with ThreadPoolExecutor(1, thread_name_prefix="enchtable-merge") as worker:
-
-            def one(name: str, stored: torch.Tensor) -> torch.Tensor:
-                with on_our_stream():
-                    return self._one(name, stored)
-
-            try:
-                for name, stored in source:
-                    self._refuse_repeated(name)
-                    if name in self._resolved.coefficients and stored.nbytes >= _WORTH_A_THREAD:
-                        future = worker.submit(one, name, stored)
-                    else:
-                        future = Future()
-                        future.set_result(self._one(name, stored))
-                    waiting.append((name, stored.nbytes, future))
-                    waiting_bytes += stored.nbytes
-                    while waiting and (waiting[0][2].done() or waiting_bytes > self._ahead_bytes):
-                        first, size, future = waiting.popleft()
-                        waiting_bytes -= size
-                        yield first, future.result()
-                        del future
-                while waiting:
-                    first, _, future = waiting.popleft()
-                    yield first, future.result()
-                    del future
-            finally:
-                for _, _, future in waiting:
-                    future.cancel()
-
-    def _refuse_repeated(self, name: str) -> None:
-        if name in self._seen:
-            raise self._mismatch(name, "each tensor once", "it a second time")
-        self._seen.add(name)
-
-    def _stream_of_this_thread(self) -> Callable[[], AbstractContextManager[object]]:
-        """The consumer's CUDA stream: work of another thread would not be ordered with it."""
-        if self._device is None or self._device.type != "cuda":
-            return nullcontext
-        stream = torch.cuda.current_stream(self._device)
-        return lambda: torch.cuda.stream(stream)
-
     def _one(self, name: str, stored: torch.Tensor) -> torch.Tensor:
-        planned = self._resolved.plan.tensors.get(name)
-        if self._verify_content and planned is not None:
-            digest = tensor_digest(stored)
-            if digest != planned.task_digest:
-                raise self._mismatch(name, f"content {planned.task_digest}", digest)
-        coefficients = self._resolved.coefficients.get(name)
-        if coefficients is None:
+        if name not in self._resolved.coefficients:
+            self._merge_one.verify(name, stored)
             if name not in self._resolved.kept and not self._foreign:
-                raise self._mismatch(name, "a tensor of the merge plan", "one it does not know")
+                raise self._merge_one.mismatch(
+                    name, "a tensor of the merge plan", "one it does not know"
+                )
             self._kept.add(name)
             return stored
-        shape = self._vector.tensors[name].shape
-        if tuple(stored.shape) != shape or stored.dtype not in FLOAT_DTYPES:
-            raise self._mismatch(
+        merged, sums = self._ahead(name) or self._merge_one(name, stored)
+        if (merged.shape, merged.dtype) != (stored.shape, stored.dtype):
+            raise self._merge_one.mismatch(
                 name,
-                f"shape {list(shape)} in bf16, fp16 or fp32",
+                f"{list(merged.shape)} in {merged.dtype}, as its file says",
                 f"{list(stored.shape)} in {stored.dtype}",
             )
-        delta = self._vector.read(name)
-        if self._device is not None:
-            stored = stored.to(self._device)
-        delta = delta.to(stored.device)
-        keep_bits = self._masks.read(name, stored.numel()) if self._masks else None
-        merged, sums = fused_add(
-            stored,
-            delta.values,
-            coefficients,
-            scales=delta.scales,
-            # The delta's memory is ours, and read no more after this.
-            out=delta.values if delta.values.dtype == stored.dtype else None,
-            keep_bits=None if keep_bits is None else keep_bits.to(stored.device),
-            rounding_key=_rounding_key(name) if self._rounding == "stochastic" else None,
-        )
         self._sums[name] = sums
         self._merged_bytes += merged.nbytes
         if self._digests is not None:
@@ -262,7 +154,7 @@ class MergeStream:
         report = MergeReport(
             self._resolved,
             effects,
-            rounding=self._rounding,
+            rounding=self._merge_one.rounding,
             kept=len(self._kept),
             filtered=len(absent),
             merged_bytes=self._merged_bytes,
@@ -287,7 +179,7 @@ class MergeStream:
         faults = []
         for name, effect in effects.items():
             row, norm = self._resolved.coefficients[name], self._vector.tensors[name].norm
-            least = 0.0 if self._masks else min(row) * norm
+            least = 0.0 if self._merge_one.masks else min(row) * norm
             most = max(row) * norm
             added = math.sqrt(effect.intended_sq)
             # Squares of far smaller numbers vanish in fp32, and so does what is added.
@@ -313,11 +205,3 @@ class MergeStream:
                     got="NaN or infinity",
                     fix="Distil it again; a diverged surrogate makes such a vector.",
                 )
-
-    def _mismatch(self, name: str, expected: str, got: str) -> MismatchError:
-        return MismatchError(
-            f"{self._what}, tensor '{name}'",
-            expected=expected,
-            got=got,
-            fix="Make the plan again for this model: 'enchtable plan'.",
-        )

@@ -37,12 +37,12 @@ __all__ = [
     "ModelConfig",
     "VllmConfig",
     "all_weights",
+    "hands_over_what_is_stored",
     "inner_loader",
     "is_draft",
     "is_skipped_expert",
     "loader_by_plugins",
     "logger",
-    "may_look_ahead",
     "missing_for_swapping",
     "pin_format",
     "read_from",
@@ -131,11 +131,10 @@ def all_weights(
     return cast(Iterator[tuple[str, torch.Tensor]], inner.get_all_weights(model_config, model))
 
 
-def may_look_ahead(inner: Any) -> bool:
-    """Whether a stored tensor stays valid while the next is fetched.
+def hands_over_what_is_stored(inner: Any) -> bool:
+    """Whether this loader yields each tensor of the files as they hold it, under its own name.
 
-    vLLM's own readers hand out tensors that own, or share, the memory they lie in. Others
-    stream through a buffer that is used again, or free a file's tensors at its end.
+    vLLM's own readers do. Others may stream from somewhere else, or convert.
     """
     return inner.load_config.load_format in ("auto", "hf", "safetensors", "pt", "mistral")
 

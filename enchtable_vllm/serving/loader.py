@@ -19,6 +19,7 @@ from enchtable_vllm.merge import MergeStream, under_both_names
 from enchtable_vllm.serving import compat, compat_swap, last_word, records
 from enchtable_vllm.serving.choice import Choice, choose_at_start
 from enchtable_vllm.serving.config import LoaderConfig
+from enchtable_vllm.serving.merging import Merging
 from enchtable_vllm.serving.prepare import OpenTask, Prepared, open_task, prepare
 from enchtable_vllm.serving.room import Active, Room, enter, room_of
 from enchtable_vllm.serving.spans import span
@@ -27,9 +28,6 @@ from enchtable_vllm.serving.swap.rank import WORKER_METHOD, answer
 
 _log = compat.logger("loader")
 _BAR = "{desc}: {percentage:3.0f}% Completed | {n_fmt}/{total_fmt} [{elapsed}<{remaining}]\n"
-
-#: Enough to keep a thread busy, little beside any tensor that makes a difference.
-_AHEAD_BYTES = 32 * 2**20
 
 _UNMERGED = "model '%s' is served WITHOUT a safety vector, as asked for by '@none'"
 
@@ -70,6 +68,7 @@ class EnchTableModelLoader(compat.BaseModelLoader):  # type: ignore[misc]  # vll
         )
         self._draft = False
         self._found: _Found | None = None
+        self._merging: Merging | None = None
 
     def download_model(self, model_config: compat.ModelConfig) -> None:
         """Fetch the task model, as the inner loader does."""
@@ -96,7 +95,15 @@ class EnchTableModelLoader(compat.BaseModelLoader):  # type: ignore[misc]  # vll
                 with span("enchtable.prepare"):
                     self._found = self._find(model_config, compat.target_device(vllm_config))
                     self._found.refuse_disagreement()
-            model = super().load_model(vllm_config, model_config, prefix)
+                if self._found.prepared is not None:  # begun while vLLM makes its empty model
+                    device = compat.target_device(vllm_config)
+                    self._merging = self._begin(self._found.prepared, device)
+            try:
+                model = super().load_model(vllm_config, model_config, prefix)
+            finally:
+                if self._merging is not None:
+                    self._merging.close()
+                    self._merging = None
         return model
 
     def load_weights(self, model: torch.nn.Module, model_config: compat.ModelConfig) -> None:
@@ -117,7 +124,8 @@ class EnchTableModelLoader(compat.BaseModelLoader):  # type: ignore[misc]  # vll
             self._inner.load_weights(model, pinned)
             self._enter(model, found.task, Active(found.choice, None))
             return
-        stream = self._stream(found.prepared, model)
+        merging = self._merging or self._begin(found.prepared, _device_of(model))
+        stream = self._stream(found.prepared, merging, model)
         # The inner loader iterates its own `get_all_weights`; give it the merged one.
         stored = self._inner.get_all_weights
         self._inner.get_all_weights = lambda config, module: self._merged(
@@ -127,6 +135,7 @@ class EnchTableModelLoader(compat.BaseModelLoader):  # type: ignore[misc]  # vll
             self._inner.load_weights(model, pinned)
         finally:
             del self._inner.get_all_weights
+            merging.close()
         if stream.report is None:
             raise IncompleteMergeError(
                 f"model '{model_config.model}'",
@@ -156,7 +165,20 @@ class EnchTableModelLoader(compat.BaseModelLoader):  # type: ignore[misc]  # vll
         if found.prepared is None:
             _log.warning(_UNMERGED, model_config.model)
             return stored
-        return self._merged(found.task, self._stream(found.prepared, model), stored)
+        return self._merged_anew(found.task, found.prepared, model, stored)
+
+    def _merged_anew(
+        self,
+        task: OpenTask,
+        prepared: Prepared,
+        model: torch.nn.Module,
+        stored: Iterator[tuple[str, torch.Tensor]],
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        merging = self._begin(prepared, _device_of(model))
+        try:
+            yield from self._merged(task, self._stream(prepared, merging, model), stored)
+        finally:
+            merging.close()
 
     def _find(
         self,
@@ -191,7 +213,15 @@ class EnchTableModelLoader(compat.BaseModelLoader):  # type: ignore[misc]  # vll
         enter(model, Room(self.config, task, active))
         records.leave(describe_active(active) | {"modules": describe_modules(active)})
 
-    def _stream(self, prepared: Prepared, model: torch.nn.Module) -> MergeStream:
+    def _begin(self, prepared: Prepared, device: torch.device) -> Merging:
+        return Merging(
+            prepared,
+            device,
+            reads_stored=compat.hands_over_what_is_stored(self._inner),
+            verify_content=self.config.verify == "content",
+        )
+
+    def _stream(self, prepared: Prepared, merging: Merging, model: torch.nn.Module) -> MergeStream:
         bar = self._bar("Loading weights, merging", total=len(prepared.resolved.plan.tensors))
 
         def on_tensor(_: str) -> None:
@@ -199,19 +229,11 @@ class EnchTableModelLoader(compat.BaseModelLoader):  # type: ignore[misc]  # vll
             if bar.n == bar.total:
                 bar.close()
 
-        device = _device_of(model)
         return MergeStream(
-            prepared.resolved,
-            prepared.vector,
-            what=prepared.task.checkpoint.what,
-            # On the GPU that the weights go to; elsewhere each tensor is merged where it is.
-            device=device if device.type == "cuda" else None,
-            ahead_bytes=_AHEAD_BYTES if compat.may_look_ahead(self._inner) else 0,
-            masks=prepared.masks,
-            rounding=prepared.config.rounding,
+            merging.merge_one,
+            ahead=merging.ahead,
             may_filter=lambda name: compat.is_skipped_expert(self._inner, name),
             foreign=bool(getattr(model, "secondary_weights", ())),
-            verify_content=self.config.verify == "content",
             digest_merged=self.config.verify == "content",
             on_tensor=on_tensor,
         )

@@ -83,6 +83,10 @@ class SafetyVector:
         """The deltas by name."""
         return self.manifest.tensors
 
+    def nbytes(self, name: str) -> int:
+        """How many bytes a delta takes, as it is stored."""
+        return sum(self._files.nbytes(stored.name) for stored in self.tensors[name].stored(name))
+
     def read(self, name: str) -> Delta:
         """One delta, as stored, in memory of its own, its digest checked.
 

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from enchtable_vllm import cli
 from enchtable_vllm.checkpoint import Location, combine_digests, locate, tensor_digest
 from enchtable_vllm.errors import EnchTableError
-from enchtable_vllm.merge import MergeStream, merge_checkpoint
+from enchtable_vllm.merge import MergeStream, TensorMerge, merge_checkpoint
 from enchtable_vllm.plan import read_plan, resolve_plan
 from enchtable_vllm.serving.config import LoaderConfig
 from enchtable_vllm.serving.prepare import Prepared, prepare_model
@@ -106,9 +106,8 @@ def merge(family: Family, out: Path) -> object:
 
 def stream(prepared: Prepared, family: Family) -> object:
     """As the loader streams: every stored tensor through the one merged stream."""
-    through = MergeStream(
-        prepared.resolved, prepared.vector, what=prepared.task.checkpoint.what, masks=prepared.masks
-    )
+    what, masks = prepared.task.checkpoint.what, prepared.masks
+    through = MergeStream(TensorMerge(prepared.resolved, prepared.vector, what=what, masks=masks))
     stored = {
         n: t for p in sorted(family.task.glob("*.safetensors")) for n, t in load_file(p).items()
     }

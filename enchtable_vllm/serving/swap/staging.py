@@ -15,7 +15,7 @@ import torch
 
 from enchtable_vllm.checkpoint import combine_digests, tensor_digest
 from enchtable_vllm.errors import MismatchError
-from enchtable_vllm.merge import MergeReport, MergeStream, under_both_names
+from enchtable_vllm.merge import MergeReport, MergeStream, TensorMerge, under_both_names
 from enchtable_vllm.serving.prepare import OpenTask, Prepared
 from enchtable_vllm.serving.swap.host_memory import HostPages, refuse_too_much
 
@@ -128,15 +128,15 @@ class StagingJob:
 
         seconds, stream = dict(checkpoint.second_names), None
         if prepared is not None:
-            stream = MergeStream(
+            merge_one = TensorMerge(
                 prepared.resolved,
                 prepared.vector,
                 what=checkpoint.what,
                 masks=prepared.masks,
                 rounding=prepared.config.rounding,
-                may_filter=self.skips,
                 verify_content=self.verify_content,
             )
+            stream = MergeStream(merge_one, may_filter=self.skips)
         tensors = dict(
             under_both_names(
                 lambda pairs: held(stream.merge(pairs) if stream else pairs), stored(), seconds
