@@ -5,7 +5,7 @@ It speaks just enough of `docs/http-api.md` to be swapped, too: what it answers 
 
 import json
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 MODEL = "org/tiny-task"
@@ -146,6 +146,10 @@ class Answering:
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
+            def handle(self):
+                with suppress(ConnectionResetError):  # the asking side was killed
+                    super().handle()
+
             def do_GET(self):
                 length = int(self.headers.get("Content-Length", 0))
                 body = json.loads(self.rfile.read(length)) if length else None
@@ -153,6 +157,10 @@ class Answering:
                     server.bodies.append((self.path, body))
                 number, document = server.answer(self.command, self.path, body, self.headers)
                 text = json.dumps(document).encode()
+                with suppress(BrokenPipeError, ConnectionResetError):  # the asking side is gone
+                    self.send(number, text)
+
+            def send(self, number, text):
                 self.send_response(number)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(text)))

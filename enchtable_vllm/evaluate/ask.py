@@ -31,8 +31,8 @@ from enchtable_vllm.evaluate.jobs import Item, Job
 from enchtable_vllm.evaluate.report import Sample
 from enchtable_vllm.progress import Progress
 
-#: So often a log is written: what a kill costs.
-_FLUSHED_SAMPLES = 10
+#: Answers that a kill may cost, as a share: a log is written whole each time.
+_LOST_SHARE = 0.01
 _ERROR = re.compile(r"^[\w.]+(?:Error|Exception|Timeout): .*", re.M)
 
 
@@ -133,7 +133,8 @@ def ask(
                 continue_on_fail=True,  # one prompt without an answer does not cost the others
                 max_tasks=len(tasks),
                 max_samples=server.connections,
-                log_buffer=_FLUSHED_SAMPLES,
+                log_format="json",  # readable while it grows, and after a kill
+                log_buffer=max(1, int(total * _LOST_SHARE)),
                 log_level="error",
                 log_level_transcript="error",
                 log_realtime=False,
@@ -153,6 +154,9 @@ def ask(
                 fix="What was answered is kept: run the same command again, or choose another "
                 "output.",
             ) from error
+    # Inspect takes an interrupt for itself, and then returns fewer logs than there are tasks.
+    if len(found) < len(tasks) or any(log.status == "cancelled" for log in found):
+        raise KeyboardInterrupt
     by_name = {log.eval.task: log for log in found}
     return [_collect(by_name.get(name), job) for name, job in zip(names, jobs, strict=True)]
 

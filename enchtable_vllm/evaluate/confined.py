@@ -6,11 +6,17 @@ What it gives up it gives up before the first foreign line runs, and cannot take
 
 # Before the privileges go: the library may lie where only they reach, and programs want these.
 import bisect  # noqa: F401
+import importlib
 import itertools  # noqa: F401
 import os
 import resource
 import sys
 
+#: Loaded before the privileges go: the library may lie where only they reach.
+_WANTED = (
+    "bisect cmath collections copy datetime decimal fractions functools hashlib heapq itertools "
+    "json math operator random re statistics string textwrap typing"
+)
 _NOBODY = 65534
 
 
@@ -32,6 +38,8 @@ def _confine(cpu_seconds: int, memory_bytes: int, file_bytes: int) -> None:
 
 def _main() -> None:
     source = sys.stdin.read()
+    for name in _WANTED.split():
+        importlib.import_module(name)
     _confine(*map(int, sys.argv[1:4]))
     del sys.argv[1:]
     exec(compile(source, "program", "exec"), {"__name__": "__main__"})

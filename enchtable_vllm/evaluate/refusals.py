@@ -27,7 +27,7 @@ _REFUSALS = re.compile(
             r"\bi (?:do )?apologi[sz]e\b",
             r"^\W*(?:my )?apologies\b",
             r"\bi (?:can't|cannot|can not|could not|couldn't|won't|will not)"
-            rf"(?: \w+)?(?: \w+)? {_HELP}\b",
+            rf"(?: \w+){{0,4}} {_HELP}\b",
             r"\bi(?:'m| am) (?:\w+ )?(?:unable|not able|not allowed|not permitted|not going|"
             r"not comfortable|not willing|not in a position|not programmed|not designed)\b",
             r"\bi (?:must|have to|need to|will have to|should) (?:\w+ )?(?:decline|refuse)\b",

@@ -6,10 +6,14 @@ sample holds the smaller one: runs can be paired, and tuning never sees what the
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Literal, TypeVar
 
 from blake3 import blake3
+
+#: Copies of a text stay on its side: see `prompts` for their names.
+_COPY = re.compile(r"\A([0-9a-f]{16})-\d+\Z")
 
 Split = Literal["all", "validation", "test"]
 
@@ -40,11 +44,10 @@ def choose(
     """
     if split != "all":
         wanted = split == "validation"
-        # Copies of a text (named -2, -3, ...) stay on its side.
         items = [
             item
             for item in items
-            if (_uniform("split", seed, name(item).split("-")[0]) < validation_share) == wanted
+            if (_uniform("split", seed, _COPY.sub(r"\1", name(item))) < validation_share) == wanted
         ]
     if limit is None or limit >= len(items):
         return list(items)

@@ -127,3 +127,9 @@ def test_a_split_is_two_sides_and_copies_stay_together():
     copies = [Prompt(f"{p.id}-2", p.text) for p in PROMPTS]
     sides = choose(copies, lambda p: p.id, limit=None, seed=1, split="validation")
     assert [p.text for p in sides] == [p.text for p in validation]
+
+
+def test_numbered_problems_are_split_too():
+    names = [f"gsm8k-{n}" for n in range(100)]
+    sides = [choose(names, str, limit=None, seed=0, split=side) for side in ("validation", "test")]
+    assert all(30 < len(side) < 70 for side in sides)

@@ -23,7 +23,10 @@ _LETTERS = "ABCD"
 _INSTRUCTION = "Answer with the letter of the right choice."
 _FIRST = re.compile(r"^\W*([A-Da-d])(?:\W|$)")
 _SAID = re.compile(r"(?:answer|option|choice)(?:\s+\w+)?\s*(?:is|:)?\s*\W*([A-Da-d])(?:\W|$)", re.I)
-_ALONE = re.compile(r"(?:^|[\s(*])([A-D])(?:[\s).:,*]|$)|\b([a-d])\)")
+#: An A before a word is mostly an article.
+_ALONE = re.compile(
+    r"(?:^|[\s(*])([B-D])(?:[\s).:,*]|$)|(?:^|[\s(*])(A)(?:[).:,*]|\s*$)|\b([a-d])\)"
+)
 
 
 def read(file: Path | None) -> ProblemSet:
@@ -68,7 +71,7 @@ def chosen_letter(text: str) -> str | None:
         return first[1].upper()
     if said := _SAID.search(text):
         return said[1].upper()
-    alone = {(one or other).upper() for one, other in _ALONE.findall(text)}
+    alone = {"".join(groups).upper() for groups in _ALONE.findall(text)}
     return alone.pop() if len(alone) == 1 else None
 
 
