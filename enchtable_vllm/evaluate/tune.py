@@ -28,7 +28,7 @@ from enchtable_vllm.evaluate.tune_page import tune_page
 from enchtable_vllm.fleet.client import Client, ServerRefused
 from enchtable_vllm.fleet.documents import NO_VECTOR, Goal, Served
 from enchtable_vllm.fleet.exchange import How, NotAsAsked, roll_back, settled, swap
-from enchtable_vllm.fleet.preflight import Wish, verify
+from enchtable_vllm.fleet.preflight import Verified, Wish, verify
 
 PAGE_FILE = "index.html"
 _LONGEST_HISTORY = 40
@@ -119,6 +119,7 @@ def _begin(wanted: Tune, output: Path) -> Tuning:
             got=f"{served}",
             fix="Somebody else changed it: agree, then sweep with another output.",
         )
+    asyncio.run(_check(wanted))
     tuning.utility_budget = wanted.budget.utility
     tuning.over_refusal_budget = wanted.budget.over_refusal
     write_tuning(output, tuning)
@@ -160,19 +161,30 @@ async def _status(wanted: Tune) -> Served:
         return Served.of(await settled(client, wanted.how))
 
 
+async def _check(wanted: Tune) -> None:
+    """Before the first swap: whether the server can serve the vector at all."""
+    async with wanted.connect() as client:
+        await _verified(client, wanted.sweep.safety_vector, None)
+
+
 async def _swap(wanted: Tune, vector: str, beta: float | None) -> None:
     async with wanted.connect() as client:
-        by_list = not (vector.startswith("@") or "/" in vector)
-        verified, refusals = await verify([client], Wish(vector, beta, dry_run=not by_list))
-        if refusals:
-            raise MismatchError(
-                f"server {client.target.url}",
-                expected=f"one that can serve '{vector}'",
-                got=refusals[0].reason,
-                fix="See 'enchtable status', and the server's vector root.",
-            )
-        (one,) = verified.values()
+        one = await _verified(client, vector, beta)
         await swap(client, vector, beta, one.goal, one.served, wanted.how)
+
+
+async def _verified(client: Client, vector: str, beta: float | None) -> Verified:
+    by_list = not (vector.startswith("@") or "/" in vector)
+    verified, refusals = await verify([client], Wish(vector, beta, dry_run=not by_list))
+    if refusals:
+        raise MismatchError(
+            f"server {client.target.url}",
+            expected=f"one that can serve '{vector}'",
+            got=refusals[0].reason,
+            fix="See 'enchtable status', and the server's vector root.",
+        )
+    (one,) = verified.values()
+    return one
 
 
 def _step(beta: float | None, folder: str, report: Report) -> Step:

@@ -13,6 +13,7 @@ from enchtable_vllm.evaluate.tune_choice import Step
 from enchtable_vllm.fleet.documents import Served
 
 TUNE_FILE = "tune.json"
+_FIXED = {"url": "server", "safety_vector": "vector", "what": "set, sample, judge or setting"}
 
 
 class Sweep(BaseModel):
@@ -71,10 +72,10 @@ def read_tuning(folder: Path, sweep: Sweep) -> Tuning | None:
         found = Tuning.model_validate_json(path.read_bytes())
     except (OSError, ValidationError) as error:
         raise _refused(folder, "something else") from error
-    differs = [name for name in Sweep.model_fields if
-               getattr(found.sweep, name) != getattr(sweep, name)]  # fmt: skip
     # More β, or a longer search, go on with what was measured.
-    if set(differs) - {"betas", "search"}:
+    differs = [words for name, words in _FIXED.items() if
+               getattr(found.sweep, name) != getattr(sweep, name)]  # fmt: skip
+    if differs:
         raise _refused(folder, f"one with another {', '.join(differs)}")
     found.sweep = sweep
     return found

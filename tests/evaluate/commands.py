@@ -6,6 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from typer.testing import CliRunner
+
+from enchtable_vllm import cli
+from enchtable_vllm.errors import EnchTableError
+
 ROOT = Path(__file__).parent.parent.parent
 TOKEN = "admin-token-of-this-test"
 MAIN = "from enchtable_vllm.cli import main; main()"
@@ -46,3 +51,11 @@ def written(path, value):
     else:
         path.write_text(json.dumps(value))
     return path
+
+
+def refused(*arguments, **variables):
+    """In this process, for what ends before anything is asked: (exit code, message)."""
+    done = CliRunner().invoke(cli.app, list(map(str, arguments)), env=environment(**variables))
+    if isinstance(done.exception, EnchTableError):
+        return 1, str(done.exception)
+    return done.exit_code, " ".join(done.output.split())

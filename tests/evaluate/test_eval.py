@@ -9,7 +9,7 @@ import pytest
 from answering import ANSWER, MODEL, REFUSAL, Answering
 
 from enchtable_vllm.evaluate.report import read_report
-from evaluate.commands import command, start, written
+from evaluate.commands import command, refused, start, written
 
 BAD = [f"How is forbidden thing {n} done?" for n in range(12)]
 GOOD = [f"How is bread number {n} baked?" for n in range(8)]
@@ -219,6 +219,7 @@ def test_wrong_options_are_refused_before_anything_is_asked(tmp_path, arguments,
         arguments = ["--utility", f"humaneval={tmp_path / 'problems.jsonl'}"]
     server = Answering()
     with server.serve() as url:
-        _, error = command("eval", "--url", url, "-o", tmp_path / "r", *arguments, code=code)
-    assert words in error.replace("\n", " ")
+        found, error = refused("eval", "--url", url, "-o", tmp_path / "r", *arguments)
+    assert found == code
+    assert words in error
     assert server.asked == []

@@ -9,8 +9,9 @@ import pytest
 from answering import ANSWER, REFUSAL, Answering
 
 from enchtable_vllm.evaluate.report import Rate
+from enchtable_vllm.evaluate.statistics import mcnemar
 from enchtable_vllm.evaluate.tune_choice import Budget, Step, next_beta, propose
-from evaluate.commands import TOKEN, command, start, written
+from evaluate.commands import TOKEN, command, refused, start, written
 
 
 def step(beta, unsafe, utility, over_refusal=None):
@@ -91,11 +92,12 @@ def test_a_sweep_proposes_draws_and_gives_the_server_back(sets, tmp_path):
         assert "goes back to sv-a" in error
         found = json.loads(out)
         assert found["proposed"] == 1.0
-        assert found["alike"] == []
         shares = [(s["beta"], s["unsafe"]["share"], s["utility"]["share"]) for s in found["steps"]]
         assert shares[0] == (None, 1.0, 1.0)
         assert 0.2 < shares[1][1] < 0.8
         assert shares[2:] == [(1.0, 0.0, 1.0), (2.0, 0.0, 0.0)]
+        half = found["steps"][1]["unsafe"]["count"]  # of β = 0.5, where β = 1 has none
+        assert found["alike"] == ([0.5] if mcnemar(half, 0) >= 0.05 else [])
         count = found["steps"][0]["unsafe"]["of"]
         assert 4 <= count <= 20  # the validation split
         page = (output / "index.html").read_text()
@@ -113,7 +115,7 @@ def test_a_sweep_proposes_draws_and_gives_the_server_back(sets, tmp_path):
         assert (server.vector, server.beta) == ("sv-b", 1.0)
         other = sweep(url, sets, output, "--betas", "0.5", "--limit", "3")
         _, error = command(*other, code=1, ENCHTABLE_ADMIN_TOKEN=TOKEN)
-        assert "one with another what" in error
+        assert "another set, sample, judge or setting" in error
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
@@ -169,6 +171,15 @@ def test_a_killed_sweep_is_made_good_by_the_next(sets, tmp_path):
         assert (server.vector, server.beta) == ("sv-a", 0.5)
 
 
+def test_a_vector_that_the_server_does_not_have_changes_nothing(sets, tmp_path):
+    server = Answering(rule)
+    with server.serve() as url:
+        asked = sweep(url, sets, tmp_path / "sweep", "--betas", "1", "--safety-vector", "sv-z")
+        _, error = command(*asked, code=1, ENCHTABLE_ADMIN_TOKEN=TOKEN)
+    assert "no 'sv-z'" in error
+    assert server.swaps == []
+
+
 def test_a_failing_step_gives_the_server_back_by_history_if_its_name_is_gone(sets, tmp_path):
     server = Answering()
 
@@ -195,25 +206,23 @@ def test_a_failing_step_gives_the_server_back_by_history_if_its_name_is_gone(set
         (("--betas", "0"), 2, "positive"),
         (("--betas", "a"), 2, "numbers"),
         (("--search", "--range", "3,1,2"), 2, "--range"),
-        (("--betas", "1", "--safety-vector", "sv-z"), 1, "no 'sv-z'"),
+        (("--betas", "1", "--utility", "chess"), 1, "humaneval, gsm8k, medmcqa"),
     ],
 )
 def test_what_cannot_be_swept_is_refused(sets, tmp_path, more, code, words):
     server = Answering(rule)
     with server.serve() as url:
-        _, error = command(
-            *sweep(url, sets, tmp_path / "sweep", *more, "--limit", "1"),
-            code=code, ENCHTABLE_ADMIN_TOKEN=TOKEN,
-        )  # fmt: skip
-        assert words in error
-        if code == 2:
-            assert server.bodies == []
-        assert (server.vector, server.beta) == ("sv-a", 0.5)
+        asked = sweep(url, sets, tmp_path / "sweep", *more)
+        found, error = refused(*asked, ENCHTABLE_ADMIN_TOKEN=TOKEN)
+    assert found == code
+    assert words in error
+    assert server.bodies == []
 
 
 def test_a_sweep_wants_the_admin_token_first(sets, tmp_path):
     server = Answering(rule)
     with server.serve() as url:
-        _, error = command(*sweep(url, sets, tmp_path / "s", "--betas", "1"), code=1)
+        code, error = refused(*sweep(url, sets, tmp_path / "s", "--betas", "1"))
+    assert code == 1
     assert "--admin-token-file" in error
     assert server.bodies == []
