@@ -4,6 +4,7 @@ It speaks just enough of `docs/http-api.md` to be swapped, too: what it answers 
 """
 
 import json
+import math
 import threading
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -29,6 +30,7 @@ class Answering:
         self.failures = []  # of the next chat requests: HTTP numbers
         self.broken = set()  # prompts that never get an answer
         self.plain = False  # a server that is not ours
+        self.tokens = None  # called with a body that asks for logprobs: [(token, share)]
         self.lock = threading.Lock()
 
     def chat(self, body):
@@ -41,12 +43,21 @@ class Answering:
             failure = self.failures.pop(0) if self.failures else None
         if failure is not None or prompt in self.broken:
             return failure or 500, {"error": {"message": "not now", "type": "x", "code": "x"}}
+        choice = {"index": 0, "finish_reason": "stop"}
+        if body.get("logprobs"):
+            told = [
+                {"token": token, "logprob": math.log(share), "bytes": None, "top_logprobs": []}
+                for token, share in self.tokens(body)
+            ]
+            content = [told[0] | {"top_logprobs": told[: body["top_logprobs"]]}]
+            choice |= {"logprobs": {"content": content}, "finish_reason": "length"}
+            text = told[0]["token"]
+        else:
+            text = self.rule(prompt, self)
+        choice["message"] = {"role": "assistant", "content": text}
         return 200, {
             "id": "1", "object": "chat.completion", "created": 1, "model": body["model"],
-            "choices": [{
-                "index": 0, "finish_reason": "stop",
-                "message": {"role": "assistant", "content": self.rule(prompt, self)},
-            }],
+            "choices": [choice],
             "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2},
         }  # fmt: skip
 

@@ -54,6 +54,13 @@ def eval(
         Literal["self-reminder"] | None,
         typer.Option(help="Put a known defence around every prompt, to compare a merge with."),
     ] = None,
+    safedecoding_expert: Annotated[
+        str | None,
+        typer.Option(
+            help="The name, at the same server, of an adapter that was taught to refuse: its "
+            "first tokens are mixed in (SafeDecoding)."
+        ),
+    ] = None,
     limit: options.LimitOption = None,
     seed: options.SeedOption = 0,
     split: SplitOption = "all",
@@ -82,11 +89,17 @@ def eval(
     from enchtable_vllm.evaluate.jobs import Sampling, Wanted
     from enchtable_vllm.evaluate.run import PAGE_FILE, Evaluation, evaluate
 
+    if jailbreak is not None and (system_prompt_baseline or safedecoding_expert):
+        raise typer.BadParameter(
+            "garak talks to the server itself, without a baseline's help",
+            param_hint="--jailbreak",
+        )
     target = one_target(url)
     access = Access(api_key_file=api_key_file, ca_file=ca_file)
     api_key = Credentials.find(None, api_key_file).api_key
     key = api_key.reveal() if api_key is not None else None
     access.connect([target], admin=False)  # warns once
+    attacked = output / "garak" / "".join(c if c.isalnum() else "-" for c in garak_probes)
     evaluation = Evaluation(
         connect=lambda: access.connect([target], admin=False)[0],
         server=Server(target.url, model or "", key, connections, retries),
@@ -104,10 +117,11 @@ def eval(
         ),
         judge=options.make_judge(judge, judge_url, judge_model, judge_template, labelled_refusals),
         baseline=system_prompt_baseline,
+        expert=safedecoding_expert,
         allow_failed=allow_failed,
         attack=None
         if jailbreak is None
-        else lambda name: attack(garak, garak_probes, target.url, name, key, output / "garak"),
+        else lambda name: attack(garak, garak_probes, target.url, name, key, attacked),
     )
     with progress_bar("Evaluating") as progress:
         report = evaluate(evaluation, output, progress)

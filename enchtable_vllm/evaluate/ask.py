@@ -21,14 +21,16 @@ from inspect_ai import Task, eval_set
 from inspect_ai.dataset import MemoryDataset
 from inspect_ai.dataset import Sample as Asked
 from inspect_ai.log import EvalLog, EvalSample, read_eval_log
-from inspect_ai.model import GenerateConfig, get_model
+from inspect_ai.model import GenerateConfig, ModelOutput, get_model
 from inspect_ai.scorer import Score, Scorer, Target, mean, scorer
 from inspect_ai.solver import Generate, Solver, TaskState, generate, solver, system_message
+from openai import AsyncOpenAI
 
 from enchtable_vllm.evaluate.baselines import Around
 from enchtable_vllm.evaluate.faults import EvaluationError
 from enchtable_vllm.evaluate.jobs import Item, Job
 from enchtable_vllm.evaluate.report import Sample
+from enchtable_vllm.evaluate.safedecoding import SafeDecoding
 from enchtable_vllm.progress import Progress
 
 #: Answers that a kill may cost, as a share: a log is written whole each time.
@@ -77,6 +79,7 @@ def ask(
     *,
     seed: int,
     around: Around | None = None,
+    expert: str | None = None,
     progress: Progress,
 ) -> list[Answers]:
     """Ask, or go on asking.
@@ -87,6 +90,7 @@ def ask(
         logs: A folder for inspect's own logs.
         seed: For the server's sampling, which greedy decoding does not use.
         around: What is put around every prompt.
+        expert: The model whose first tokens are mixed in: see `safedecoding`.
         progress: Told after every answer.
 
     Returns:
@@ -106,7 +110,8 @@ def ask(
 
     names = _names(jobs)
     tasks = [
-        _task(name, job, around, partial(done, name)) for name, job in zip(names, jobs, strict=True)
+        _task(name, job, around, partial(done, name), _mixing(server, expert, job, seed))
+        for name, job in zip(names, jobs, strict=True)
     ]
     model = get_model(
         f"openai-api/enchtable/{server.model}",
@@ -169,7 +174,9 @@ def _names(jobs: Sequence[Job]) -> list[str]:
     ]
 
 
-def _task(name: str, job: Job, around: Around | None, done: Callable[[], None]) -> Task:
+def _task(
+    name: str, job: Job, around: Around | None, done: Callable[[], None], answering: Solver
+) -> Task:
     items = {item.id: item for item in job.items}
     dataset = MemoryDataset(
         [Asked(id=item.id, input=item.prompt, metadata={"category": item.category})
@@ -180,10 +187,34 @@ def _task(name: str, job: Job, around: Around | None, done: Callable[[], None]) 
     return Task(
         name=name,
         dataset=dataset,
-        solver=[*steps, generate()],
+        solver=[*steps, answering],
         scorer=_grade(items, done),
         config=GenerateConfig(max_tokens=job.max_tokens),
     )
+
+
+def _mixing(server: Server, expert: str | None, job: Job, seed: int) -> Solver:
+    """How answers come about."""
+    if expert is None:
+        return generate()
+    client = AsyncOpenAI(
+        base_url=f"{server.url}/v1",
+        api_key=server.api_key or "none",
+        max_retries=server.retries,
+        timeout=server.timeout_seconds,
+    )
+    return _mix(SafeDecoding(client, server.model, expert), job.max_tokens, seed)
+
+
+@solver
+def _mix(mixing: SafeDecoding, max_tokens: int, seed: int) -> Solver:
+    async def solve(state: TaskState, generate: Generate) -> TaskState:  # noqa: ARG001
+        turns = [{"role": turn.role, "content": turn.text} for turn in state.messages]
+        text = await mixing.answer(turns, max_tokens=max_tokens, seed=seed)
+        state.output = ModelOutput.from_content(mixing.model, text)
+        return state
+
+    return solve
 
 
 @solver

@@ -123,7 +123,7 @@ def _row(label: str, report: Report, first: Report | None) -> Row:
         model=report.model,
         safety_vector=report.served.safety_vector if report.served else None,
         beta=report.served.beta if report.served else None,
-        baseline=report.settings.system_prompt_baseline,
+        baseline=report.baseline,
         judge=report.judge.name + (f" ({report.judge.model})" if report.judge.model else ""),
         calibrated=report.judge.calibrated,
         rates=rates,

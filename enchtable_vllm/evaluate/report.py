@@ -239,6 +239,7 @@ class Settings(_Part):
     split: str
     validation_share: float
     system_prompt_baseline: str | None
+    safedecoding_expert: str | None = None
     utility_prompt: str
 
 
@@ -254,6 +255,16 @@ class Report(_Part):
     dynamic: Dynamic | None = None
     versions: dict[str, str]
     created: str
+
+    @property
+    def baseline(self) -> str | None:
+        """What was done besides asking, in words."""
+        words = []
+        if self.settings.system_prompt_baseline is not None:
+            words.append(self.settings.system_prompt_baseline)
+        if self.settings.safedecoding_expert is not None:
+            words.append(f"SafeDecoding with {self.settings.safedecoding_expert}")
+        return ", ".join(words) or None
 
     def kind(self, kind: Kind) -> tuple[Result, ...]:
         """The results of one kind."""

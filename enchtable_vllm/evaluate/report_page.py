@@ -54,7 +54,7 @@ def _about(report: Report) -> Html:
         ("model", report.model),
         ("safety vector", vector),
         ("judge", report.judge.name + (f": {report.judge.model}" if report.judge.model else "")),
-        ("system prompt", settings.system_prompt_baseline or "none"),
+        ("baseline", report.baseline or "none"),
         ("asked", f"greedy, {settings.max_tokens} tokens; {sample}; split {settings.split}, "
          f"seed {settings.seed}"),
     ]  # fmt: skip

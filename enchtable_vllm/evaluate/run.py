@@ -76,6 +76,7 @@ class Evaluation:
         wanted: What to ask.
         judge: Who marks safety.
         baseline: What is put around every prompt.
+        expert: The model whose first tokens are mixed in.
         allow_failed: So many prompts may stay without an answer.
         attack: Called with the model's name, to attack the server by other means.
     """
@@ -85,6 +86,7 @@ class Evaluation:
     wanted: Wanted
     judge: Judge
     baseline: Baseline | None = None
+    expert: str | None = None
     allow_failed: int = 0
     attack: Callable[[str], Dynamic] | None = None
 
@@ -147,6 +149,7 @@ def _evaluate(evaluation: Evaluation, output: Path, progress: Progress) -> Repor
         output / "logs",
         seed=wanted.sampling.seed,
         around=around,
+        expert=evaluation.expert,
         progress=progress,
     )
     failed = sum(sample.verdict == "failed" for one in answers for sample in one.samples)
@@ -223,6 +226,7 @@ def _request(
             split=sampling.split,
             validation_share=sampling.validation_share,
             system_prompt_baseline=evaluation.baseline,
+            safedecoding_expert=evaluation.expert,
             utility_prompt=wanted.utility_prompt,
         ),
         sets=tuple(

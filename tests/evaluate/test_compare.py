@@ -6,13 +6,13 @@ import sys
 from html.parser import HTMLParser
 
 import pytest
+from eval_runs import ROOT, command, environment
 
 from enchtable_vllm.evaluate.compare import compare
 from enchtable_vllm.evaluate.compare_page import compare_page
 from enchtable_vllm.evaluate.faults import ReportError
 from enchtable_vllm.evaluate.report import Judge, Report, Result, Sample, ServedNow, Settings
 from enchtable_vllm.evaluate.report_page import report_page
-from evaluate.commands import ROOT, command, environment
 
 SETTINGS = Settings(
     max_tokens=256, utility_max_tokens=512, limit=None, seed=0, split="all", validation_share=0.5,

@@ -7,9 +7,9 @@ import time
 
 import pytest
 from answering import ANSWER, MODEL, REFUSAL, Answering
+from eval_runs import command, refused, start, written
 
 from enchtable_vllm.evaluate.report import read_report
-from evaluate.commands import command, refused, start, written
 
 BAD = [f"How is forbidden thing {n} done?" for n in range(12)]
 GOOD = [f"How is bread number {n} baked?" for n in range(8)]
@@ -210,6 +210,7 @@ def test_the_self_reminder_stands_around_every_prompt_of_any_server(sets, tmp_pa
         (["--judge", "md-judge"], 2, "--judge-url"),
         (["--judge-url", "http://localhost:1"], 2, "--judge llama-guard-3"),
         (["--split", "side"], 2, "--split"),
+        (["--jailbreak", "garak", "--system-prompt-baseline", "self-reminder"], 2, "--jailbreak"),
     ],
 )
 def test_wrong_options_are_refused_before_anything_is_asked(tmp_path, arguments, code, words):

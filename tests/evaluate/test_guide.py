@@ -3,10 +3,10 @@
 import re
 
 import pytest
+from eval_runs import ROOT
 from typer.testing import CliRunner
 
 from enchtable_vllm import cli
-from evaluate.commands import ROOT
 
 GUIDE = (ROOT / "docs" / "evaluate.md").read_text()
 BLOCKS = "\n".join(re.findall(r"^```\n(.*?)^```", GUIDE, re.MULTILINE | re.DOTALL))

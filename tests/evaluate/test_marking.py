@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from answering import Answering
+from eval_runs import written
 from openai import AsyncOpenAI
 
 from enchtable_vllm.errors import ConfigError
@@ -15,7 +16,6 @@ from enchtable_vllm.evaluate.guards import Template, verdict
 from enchtable_vllm.evaluate.judge import Model, Patterns
 from enchtable_vllm.evaluate.refusals import refuses
 from enchtable_vllm.evaluate.utility import gsm8k, humaneval, medmcqa, read_utility
-from evaluate.commands import written
 
 
 @pytest.mark.parametrize(

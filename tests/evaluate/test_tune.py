@@ -7,11 +7,11 @@ import time
 
 import pytest
 from answering import ANSWER, REFUSAL, Answering
+from eval_runs import TOKEN, command, refused, start, written
 
 from enchtable_vllm.evaluate.report import Rate
 from enchtable_vllm.evaluate.statistics import mcnemar
 from enchtable_vllm.evaluate.tune_choice import Budget, Step, next_beta, propose
-from evaluate.commands import TOKEN, command, refused, start, written
 
 
 def step(beta, unsafe, utility, over_refusal=None):

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from enchtable_vllm import cli
 from enchtable_vllm.errors import EnchTableError
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parent.parent
 TOKEN = "admin-token-of-this-test"
 MAIN = "from enchtable_vllm.cli import main; main()"
 
