@@ -53,8 +53,8 @@ def written(path, value):
     return path
 
 
-def refused(*arguments, **variables):
-    """In this process, for what ends before anything is asked: (exit code, message)."""
+def inside(*arguments, **variables):
+    """In this process, for what ends without asking: (exit code, message). Inspect would warn."""
     done = CliRunner().invoke(cli.app, list(map(str, arguments)), env=environment(**variables))
     if isinstance(done.exception, EnchTableError):
         return 1, str(done.exception)

@@ -7,7 +7,7 @@ import time
 
 import pytest
 from answering import ANSWER, MODEL, REFUSAL, Answering
-from eval_runs import command, refused, start, written
+from eval_runs import command, inside, start, written
 
 from enchtable_vllm.evaluate.report import read_report
 
@@ -112,8 +112,8 @@ def test_what_got_no_answer_is_said_and_asked_again(sets, tmp_path):
         assert "not calibrated" in out
         assert read_report(output).results[0].failed == 0
         other = [*asked, "--system-prompt-baseline", "self-reminder"]
-        _, error = command(*other, code=1)
-        assert "another settings" in error
+        assert inside(*other)[0] == 1
+        assert "another settings" in inside(*other)[1]
 
 
 def test_some_may_stay_without_an_answer_and_are_counted(sets, tmp_path):
@@ -173,7 +173,9 @@ def test_a_server_that_is_swapped_meanwhile_spoils_the_evaluation(sets, tmp_path
         asked = ["eval", "--url", url, "--harmless", sets["harmless"], "-o", output]
         _, error = command(*asked, code=1)
         assert "sv-a:0.5 at epoch 3 became sv-a:0.7 at epoch 4" in error
-        _, error = command(*asked, code=1)
+        server.beta = 0.5
+        code, error = inside(*asked)
+        assert code == 1
         assert "whose server changed meanwhile" in error
     assert not (output / "report.json").exists()
 
@@ -220,7 +222,7 @@ def test_wrong_options_are_refused_before_anything_is_asked(tmp_path, arguments,
         arguments = ["--utility", f"humaneval={tmp_path / 'problems.jsonl'}"]
     server = Answering()
     with server.serve() as url:
-        found, error = refused("eval", "--url", url, "-o", tmp_path / "r", *arguments)
+        found, error = inside("eval", "--url", url, "-o", tmp_path / "r", *arguments)
     assert found == code
     assert words in error
     assert server.asked == []

@@ -7,7 +7,7 @@ import time
 
 import pytest
 from answering import ANSWER, REFUSAL, Answering
-from eval_runs import TOKEN, command, refused, start, written
+from eval_runs import TOKEN, command, inside, start, written
 
 from enchtable_vllm.evaluate.report import Rate
 from enchtable_vllm.evaluate.statistics import mcnemar
@@ -107,14 +107,16 @@ def test_a_sweep_proposes_draws_and_gives_the_server_back(sets, tmp_path):
         assert (output / "beta-1" / "report.json").is_file()
 
         first, swaps = len(server.asked), len(server.swaps)
-        out, _ = command(*asked[:-1], ENCHTABLE_ADMIN_TOKEN=TOKEN)  # again: all is there
+        code, out = inside(*asked[:-1], ENCHTABLE_ADMIN_TOKEN=TOKEN)  # again: all is there
+        assert code == 0
         assert (len(server.asked), len(server.swaps)) == (first, swaps)
         assert "beta 0.5" in out
         keep = sweep(url, sets, output, "--betas", "0.5,1.0,2", "--keep")
-        command(*keep, ENCHTABLE_ADMIN_TOKEN=TOKEN)
+        assert inside(*keep, ENCHTABLE_ADMIN_TOKEN=TOKEN)[0] == 0
         assert (server.vector, server.beta) == ("sv-b", 1.0)
         other = sweep(url, sets, output, "--betas", "0.5", "--limit", "3")
-        _, error = command(*other, code=1, ENCHTABLE_ADMIN_TOKEN=TOKEN)
+        code, error = inside(*other, ENCHTABLE_ADMIN_TOKEN=TOKEN)
+        assert code == 1
         assert "another set, sample, judge or setting" in error
 
 
@@ -175,7 +177,8 @@ def test_a_vector_that_the_server_does_not_have_changes_nothing(sets, tmp_path):
     server = Answering(rule)
     with server.serve() as url:
         asked = sweep(url, sets, tmp_path / "sweep", "--betas", "1", "--safety-vector", "sv-z")
-        _, error = command(*asked, code=1, ENCHTABLE_ADMIN_TOKEN=TOKEN)
+        code, error = inside(*asked, ENCHTABLE_ADMIN_TOKEN=TOKEN)
+    assert code == 1
     assert "no 'sv-z'" in error
     assert server.swaps == []
 
@@ -209,11 +212,11 @@ def test_a_failing_step_gives_the_server_back_by_history_if_its_name_is_gone(set
         (("--betas", "1", "--utility", "chess"), 1, "humaneval, gsm8k, medmcqa"),
     ],
 )
-def test_what_cannot_be_swept_is_refused(sets, tmp_path, more, code, words):
+def test_what_cannot_be_swept_is_inside(sets, tmp_path, more, code, words):
     server = Answering(rule)
     with server.serve() as url:
         asked = sweep(url, sets, tmp_path / "sweep", *more)
-        found, error = refused(*asked, ENCHTABLE_ADMIN_TOKEN=TOKEN)
+        found, error = inside(*asked, ENCHTABLE_ADMIN_TOKEN=TOKEN)
     assert found == code
     assert words in error
     assert server.bodies == []
@@ -222,7 +225,7 @@ def test_what_cannot_be_swept_is_refused(sets, tmp_path, more, code, words):
 def test_a_sweep_wants_the_admin_token_first(sets, tmp_path):
     server = Answering(rule)
     with server.serve() as url:
-        code, error = refused(*sweep(url, sets, tmp_path / "s", "--betas", "1"))
+        code, error = inside(*sweep(url, sets, tmp_path / "s", "--betas", "1"))
     assert code == 1
     assert "--admin-token-file" in error
     assert server.bodies == []
