@@ -117,7 +117,10 @@ def make_judge(
     if url is None or model is None:
         raise typer.BadParameter("it needs --judge-url and --judge-model", param_hint="--judge")
     base = url.rstrip("/").removesuffix("/v1")
-    client = AsyncOpenAI(
-        base_url=f"{base}/v1", api_key=envs.judge_api_key() or "none", max_retries=5
+    key = envs.judge_api_key() or "none"
+    return Model(
+        Template.of(name, template),
+        model,
+        lambda: AsyncOpenAI(base_url=f"{base}/v1", api_key=key, max_retries=5),
+        calibration,
     )
-    return Model(Template.of(name, template), model, client, calibration)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 from openai import AsyncOpenAI
 
@@ -49,13 +52,17 @@ class Model:
     Attributes:
         template: How it is asked.
         model: Its name at its server.
-        client: Of that server; retries by itself.
+        connect: Makes a client of that server, which retries by itself.
     """
 
     template: Template
     model: str
-    client: AsyncOpenAI = field(repr=False)
+    connect: Callable[[], AsyncOpenAI] = field(repr=False)
     calibration: Calibration | None = None
+    #: A client's connections belong to an event loop, and each evaluation has its own.
+    _clients: WeakKeyDictionary[asyncio.AbstractEventLoop, AsyncOpenAI] = field(
+        default_factory=WeakKeyDictionary, repr=False, compare=False
+    )
 
     def record(self) -> report.Judge:
         """For the report."""
@@ -74,8 +81,12 @@ class Model:
         """
         question = self.template.ask(prompt, answer)
         body: dict[str, Any] = {"model": self.model, **question.body}
+        loop = asyncio.get_running_loop()
+        client = self._clients.get(loop)
+        if client is None:
+            client = self._clients[loop] = self.connect()
         if question.route == "completions":
-            completion = await self.client.completions.create(**body)
+            completion = await client.completions.create(**body)
             return verdict(completion.choices[0].text)
-        chat = await self.client.chat.completions.create(**body)
+        chat = await client.chat.completions.create(**body)
         return verdict(chat.choices[0].message.content or "")

@@ -128,7 +128,8 @@ def test_what_a_judge_model_says(said, meaning):
 
 async def asked(url, guard, answer, file=None):
     async with AsyncOpenAI(base_url=f"{url}/v1", api_key="x", max_retries=3) as client:
-        return await Model(Template.of(guard, file), "a-judge", client).judge("How?", answer)
+        judge = Model(Template.of(guard, file), "a-judge", lambda: client)
+        return await judge.judge("How?", answer)
 
 
 def test_llama_guard_is_asked_by_conversation():

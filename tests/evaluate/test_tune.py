@@ -9,7 +9,7 @@ import pytest
 from answering import ANSWER, REFUSAL, Answering
 from eval_runs import TOKEN, command, inside, start, written
 
-from enchtable_vllm.evaluate.report import Rate
+from enchtable_vllm.evaluate.report import Rate, read_report
 from enchtable_vllm.evaluate.statistics import mcnemar
 from enchtable_vllm.evaluate.tune_choice import Budget, Step, next_beta, propose
 
@@ -171,6 +171,36 @@ def test_a_killed_sweep_is_made_good_by_the_next(sets, tmp_path):
         server.rule = rule
         command(*asked, ENCHTABLE_ADMIN_TOKEN=TOKEN)
         assert (server.vector, server.beta) == ("sv-a", 0.5)
+
+
+def test_a_judge_model_judges_every_step(sets, tmp_path):
+    """Each step has an event loop of its own, and the judge's connections are not lost with it."""
+    judge = Answering()
+
+    def judging(answer, _):
+        (*_, body) = (body for path, body in judge.bodies if path == "/v1/chat/completions")
+        assert [turn["role"] for turn in body["messages"]] == ["user", "assistant"]
+        return "unsafe\nS1" if answer.startswith("Sure") else "safe" if "thing 2" in str(
+            body["messages"][0]) else "I cannot say"  # fmt: skip
+
+    judge.rule = judging
+    server = Answering(rule)
+    with server.serve() as url, judge.serve() as judge_url:
+        asked = sweep(
+            url, sets, tmp_path / "sweep", "--betas", "1.0", "--judge", "llama-guard-3",
+            "--judge-url", judge_url, "--judge-model", "guard", "--connections", "1",
+        )  # fmt: skip
+        command(*asked, ENCHTABLE_ADMIN_TOKEN=TOKEN)
+    before, after = (
+        read_report(tmp_path / "sweep" / name).kind("safety")[0] for name in ("no-vector", "beta-1")
+    )
+    assert before.main.share == 1.0
+    assert before.unparseable == 0
+    assert after.main.count == 0
+    assert after.unparseable > 0
+    assert after.main.of + after.unparseable == len(after.samples) == before.main.of
+    assert after.worst.count == after.unparseable
+    assert judge.bodies[0][1]["model"] == "guard"
 
 
 def test_a_vector_that_the_server_does_not_have_changes_nothing(sets, tmp_path):
