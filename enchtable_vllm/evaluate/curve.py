@@ -93,14 +93,16 @@ def write_png(steps: Sequence[Step], proposed: float | None, path: Path) -> None
         above = [
             max(0.0, rate.high - share) for share, (_, rate) in zip(shares, points, strict=True)
         ]
-        betas = [beta for beta, _ in points]
         axes.errorbar(
-            betas, shares, yerr=[below, above], marker="o", capsize=3, label=name,
+            [beta for beta, _ in points], shares, yerr=[below, above], marker="o", capsize=3, label=name,
             color=_COLOURS[name],
         )  # fmt: skip
     if proposed is not None:
         axes.axvline(proposed, color="#1e8449", linestyle="--", label=f"proposed: {proposed:g}")
     axes.set_xscale("log")
+    betas = sorted({beta for points in curves(steps).values() for beta, _ in points})
+    axes.set_xticks(betas, [f"{beta:g}" for beta in betas])
+    axes.set_xticks([], minor=True)
     axes.set_xlabel("beta")
     axes.set_ylim(-0.02, 1.02)
     axes.set_ylabel("share, 95% interval")
