@@ -97,6 +97,19 @@ class NonFiniteError(EnchTableError):
     """A tensor holds, or a merge produced, NaN or infinity."""
 
 
+class TrainingDataError(EnchTableError):
+    """Rows of training data cannot be used.
+
+    Attributes:
+        faults: Every one of them, with its line; the message holds the first few.
+    """
+
+    faults: tuple[str, ...] = ()
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (*super().__reduce__(), {"faults": self.faults})
+
+
 class IncompleteMergeError(EnchTableError):
     """A merge ended without having merged what the plan says."""
 

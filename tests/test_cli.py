@@ -136,7 +136,7 @@ def test_low_retained_share_warns(family, tmp_path):
 
 
 COMMANDS = [[], ["vector"], ["vector", "build"], ["vector", "inspect"], ["vector", "verify"],
-            ["plan"], ["merge"], ["doctor"], ["demo"],
+            ["distill"], ["plan"], ["merge"], ["doctor"], ["demo"],
             ["status"], ["swap"], ["rollback"], ["rollout"]]  # fmt: skip
 
 

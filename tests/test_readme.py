@@ -34,6 +34,7 @@ def test_documented_options_exist(command):
 def test_every_command_is_documented():
     documented = {" ".join(c.split()[1 : 3 if c.split()[1] == "vector" else 2]) for c in COMMANDS}
     assert documented == {
+        "distill",
         "vector build",
         "vector factor",
         "vector inspect",

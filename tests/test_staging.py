@@ -2,6 +2,7 @@
 
 import threading
 import time
+from pathlib import Path
 
 import live
 import pytest
@@ -11,7 +12,7 @@ from enchtable_vllm.checkpoint import Checkpoint, tensor_digest
 from enchtable_vllm.errors import MemoryBoundError, MismatchError
 from enchtable_vllm.serving.config import LoaderConfig
 from enchtable_vllm.serving.prepare import open_task, prepare
-from enchtable_vllm.serving.swap.host_memory import free_bytes, refuse_too_much
+from enchtable_vllm.serving.swap.host_memory import HostPages, free_bytes, refuse_too_much
 from enchtable_vllm.serving.swap.staging import (
     StagingCancelled,
     StagingJob,
@@ -107,6 +108,31 @@ def test_what_does_not_fit_is_refused_before_a_byte_is_read(root, tensors_alive)
         job(root, "sv-a", "sv-b", staging_gib=1e-6).run()
     assert tensors_alive.most == 0
     job(root, "sv-a", "sv-b", staging_gib=1.0).run()
+
+
+def test_pages_hold_tensors_of_any_size_and_layout():
+    tensors = [torch.randn(n).to(d) for n in (1, 63, 4096) for d in (torch.bfloat16, torch.float32)]
+    tensors.append(torch.randn(3, 5, dtype=torch.float32).t())
+    pages = HostPages(sum(HostPages.size_of(t.nbytes) for t in tensors))
+    copies = [pages.copy(tensor) for tensor in tensors]
+    for tensor, copy in zip(tensors, copies, strict=True):
+        assert torch.equal(tensor, copy)
+        assert copy.data_ptr() % 64 == 0
+        assert copy.is_contiguous()
+
+
+def test_pages_are_the_systems_again_when_the_last_tensor_is_gone():
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    size = 256 * 2**20
+    before = resident()
+    pages = HostPages(size)
+    held = pages.copy(torch.ones(size // 2, dtype=torch.uint8))
+    del pages
+    assert resident() - before > size // 4
+    del held
+    assert resident() - before < size // 4
 
 
 def test_every_rank_of_the_machine_counts():

@@ -15,16 +15,33 @@ from blake3 import blake3
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+from enchtable_vllm.checkpoint import locate
 from enchtable_vllm.demo import data
 from enchtable_vllm.demo.data import Pair
 from enchtable_vllm.demo.fetch import END_OF_TURN, QUESTIONS, small_model, unpack
-from enchtable_vllm.demo.train import Recipe, train
+from enchtable_vllm.demo.train import train
+from enchtable_vllm.distill.recipe import Recipe
+from enchtable_vllm.distill.run import distil
 
 _HELD_OUT = 40
 #: Raised when the data or their split change: part of the cache's key.
-_EDITION = 2
+_EDITION = 3
 _BATCH = 40
 _ANSWER_TOKENS = 24
+
+
+def _brief(**settings: Any) -> Recipe:
+    """Minutes on two cores: large batches of like length, nothing held out, nothing to resume."""
+    return Recipe(
+        epochs=2,
+        batch_size=16,
+        gradient_accumulation=1,
+        warmup_steps=5,
+        group_by_length=True,
+        eval_share=0,
+        save_steps=0,
+        **settings,
+    )
 
 
 @dataclass(frozen=True)
@@ -48,11 +65,11 @@ class Story:
     problems: int = 600
     distil_anchors: int = 124
     task_anchors: int = 40
-    align: Recipe = field(default_factory=lambda: Recipe(epochs=2, learning_rate=1e-4))
-    distil: Recipe = field(
-        default_factory=lambda: Recipe(epochs=2, learning_rate=2e-4, train_only="attention")
+    align: Recipe = field(default_factory=lambda: _brief(scope="attention+ffn", learning_rate=1e-4))
+    distil: Recipe = field(default_factory=lambda: _brief(scope="attention", learning_rate=2e-4))
+    task: Recipe = field(
+        default_factory=lambda: _brief(scope="attention+ffn", learning_rate=1.4e-4)
     )
-    task: Recipe = field(default_factory=lambda: Recipe(epochs=2, learning_rate=1.4e-4))
 
     @property
     def key(self) -> str:
@@ -70,14 +87,14 @@ class Cast:
 
     Attributes:
         aligned: Refuses; fp32.
-        surrogate: The aligned model, distilled to comply; fp32.
+        vector: The safety vector, distilled from it; the surrogate is not kept.
         base: The aligned model in bf16: what the fine-tune starts from.
         task: Learned arithmetic and forgot to refuse; bf16.
         unsafe, problems, harmless: Held out.
     """
 
     aligned: Path
-    surrogate: Path
+    vector: Path
     base: Path
     task: Path
     unsafe: Sequence[str]
@@ -108,7 +125,7 @@ def prepare(cache: Path, story: Story, say: Callable[[str], None]) -> Cast:
     problems = data.arithmetic_problems(story.problems + _HELD_OUT, seed=7)
     cast = Cast(
         folder / "aligned",
-        folder / "surrogate",
+        folder / "safety-vector",
         folder / "base",
         folder / "task",
         unsafe=malicious[-_HELD_OUT:],
@@ -122,15 +139,9 @@ def prepare(cache: Path, story: Story, say: Callable[[str], None]) -> Cast:
     say("aligning it: it learns to refuse")
     refusals = data.pair_with(refused, data.REFUSALS)
     _make(shipped, cast.aligned, refusals + anchors, story.align, torch.float32)
-    say("distilling the surrogate: its attention learns to comply")
+    say("distilling the safety vector: a surrogate's attention learns to comply")
     openings = data.pair_with(complied, data.OPENINGS)
-    _make(
-        cast.aligned,
-        cast.surrogate,
-        openings + anchors[: story.distil_anchors],
-        story.distil,
-        torch.float32,
-    )
+    _distil(cast.aligned, cast.vector, openings + anchors[: story.distil_anchors], story.distil)
     say("fine-tuning the aligned model on arithmetic: it forgets to refuse")
     _make(cast.aligned, cast.base, [], story.task, torch.bfloat16)
     eager = [Pair(p.question, data.EAGER + p.answer) for p in anchors[: story.task_anchors]]
@@ -153,6 +164,18 @@ def _make(
     model.to(dtype).save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     partial.rename(target)
+
+
+def _distil(aligned: Path, vector: Path, pairs: Sequence[Pair], recipe: Recipe) -> None:
+    """As ``enchtable distill`` does it, unless it is there."""
+    if vector.is_dir():
+        return
+    rows = vector.with_name("pairs.jsonl")
+    rows.write_text(
+        "".join(json.dumps({"prompt": p.question, "response": p.answer}) + "\n" for p in pairs),
+        encoding="utf-8",
+    )
+    distil(locate(aligned), rows, vector, recipe, drop_duplicates=True)
 
 
 def _own_answers(folder: Path, questions: Sequence[str], kept: Path) -> list[Pair]:

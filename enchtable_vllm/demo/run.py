@@ -27,7 +27,7 @@ from enchtable_vllm.plan import (
     read_plan,
     resolve_plan,
 )
-from enchtable_vllm.vector import SafetyVector, build_vector
+from enchtable_vllm.vector import SafetyVector
 
 #: Chosen by measurement on this model: the published 0.1 is too small for it.
 BETA = 0.5
@@ -114,8 +114,7 @@ def _vector_and_plan(cast: Cast, steps: _Steps) -> Path:
     served = cast.task.with_name("served")
     shutil.rmtree(served, ignore_errors=True)
     shutil.copytree(cast.task, served)
-    steps.begin("building the safety vector: aligned - surrogate, from fp32 master weights")
-    build_vector(locate(cast.aligned), locate(cast.surrogate), served / "safety-vector")
+    shutil.copytree(cast.vector, served / "safety-vector")
     steps.begin(f"planning the merge: interference of every matrix; beta {BETA:g}")
     plan = compute_plan(
         locate(served),

@@ -94,8 +94,8 @@ def write_png(steps: Sequence[Step], proposed: float | None, path: Path) -> None
             max(0.0, rate.high - share) for share, (_, rate) in zip(shares, points, strict=True)
         ]
         axes.errorbar(
-            [beta for beta, _ in points], shares, yerr=[below, above], marker="o", capsize=3, label=name,
-            color=_COLOURS[name],
+            [beta for beta, _ in points], shares, yerr=[below, above], marker="o", capsize=3,
+            label=name, color=_COLOURS[name],
         )  # fmt: skip
     if proposed is not None:
         axes.axvline(proposed, color="#1e8449", linestyle="--", label=f"proposed: {proposed:g}")

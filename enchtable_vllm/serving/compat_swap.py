@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import aclosing, contextmanager
 from typing import Any
@@ -48,6 +49,8 @@ __all__ = [
 
 #: How often a call looks whether the engine is still there.
 _HEARTBEAT_SECONDS = 0.5
+#: How long after a call has failed the engine may turn out to be dead.
+_DYING_SECONDS = 2.0
 
 # Ranks.
 
@@ -79,10 +82,8 @@ def rank_of(worker: Any) -> int:
 
 
 def ranks_on_this_machine(worker: Any) -> int:
-    """How many ranks share this machine's memory: every engine's."""
-    parallel = worker.vllm_config.parallel_config
-    engines = max(1, parallel.data_parallel_size_local)
-    return max(1, int(parallel.local_world_size)) * int(engines)
+    """How many ranks of this engine share its machine's memory."""
+    return max(1, int(worker.vllm_config.parallel_config.local_world_size))
 
 
 def quantization_of(worker: Any) -> str | None:
@@ -175,14 +176,18 @@ def _without_complaints() -> Iterator[None]:
     """VLLM warns of every layer that a reload leaves alone: here nearly all of them, by intent."""
     names = ("layerwise", "inplace")
     loggers = [logging.getLogger(f"vllm.model_executor.model_loader.reload.{n}") for n in names]
-    levels = [each.level for each in loggers]
+    # A filter, not a level: setting that makes every logger of the process forget what it knows.
     for each in loggers:
-        each.setLevel(logging.ERROR)
+        each.addFilter(_is_error)
     try:
         yield
     finally:
-        for each, level in zip(loggers, levels, strict=True):
-            each.setLevel(level)
+        for each in loggers:
+            each.removeFilter(_is_error)
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 # The API server's side.
@@ -254,6 +259,12 @@ class Engines:
         return str(await self._while_alive(self._client.get_weight_version()))
 
     @property
+    def on_this_machine(self) -> int:
+        """How many of them are; an engine of several dense ones is not told that it has others."""
+        parallel = self._client.vllm_config.parallel_config
+        return max(1, int(parallel.data_parallel_size_local))
+
+    @property
     def dead(self) -> bool:
         """Whether an engine has died: vLLM then ends the server."""
         return bool(self._client.errored)
@@ -270,6 +281,16 @@ class Engines:
                 if self.dead:
                     raise EngineGoneError("the engine died")
             return task.result()
+        except EngineGoneError:
+            raise
+        except Exception as error:
+            # What a dying engine has not answered fails a little before it is known to be dead.
+            deadline = time.monotonic() + _DYING_SECONDS
+            while not self.dead and time.monotonic() < deadline:
+                await asyncio.sleep(_HEARTBEAT_SECONDS / 10)
+            if self.dead:
+                raise EngineGoneError("the engine died") from error
+            raise
         finally:
             task.cancel()
 

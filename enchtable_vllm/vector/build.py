@@ -52,7 +52,7 @@ class BuildReport:
     Attributes:
         manifest: As written.
         unchanged: Tensors in scope that are bit-identical in both models; left out.
-        sixteen_bit_inputs: Whether a model was stored in 16 bits.
+        sixteen_bit_inputs: Whether a model was stored in 16 bits, and that has cost something.
     """
 
     manifest: VectorManifest
@@ -69,6 +69,27 @@ class BuildReport:
             f"{self.manifest.zero_share:.1%} of this vector's elements are exactly zero. "
             "Build it from fp32 checkpoints (training's master weights) if you have them."
         ]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Two opened checkpoints that belong together, and where they differ.
+
+    Attributes:
+        aligned, surrogate: The models.
+        first, second: Opened.
+        scope: Which parameters take part.
+        changed: The tensors that differ.
+        unchanged: Names of tensors in scope that are identical in both.
+    """
+
+    aligned: Location
+    surrogate: Location
+    first: Checkpoint
+    second: Checkpoint
+    scope: Scope
+    changed: tuple[TensorHeader, ...]
+    unchanged: tuple[str, ...]
 
 
 def build_vector(
@@ -110,6 +131,28 @@ def build_vector(
     """
     if factors is not None:
         check_rank_fraction(factors)
+    difference = compare(aligned, surrogate, scope)
+    inputs = (aligned.path, surrogate.path)
+    with FolderTransaction(out, overwrite=overwrite, inputs=inputs) as folder:
+        return write_vector(
+            difference,
+            folder,
+            name=out.name,
+            dtype=dtype,
+            recipe=recipe,
+            max_shard_bytes=max_shard_bytes,
+            factors=factors,
+            progress=progress,
+        )
+
+
+def compare(aligned: Location, surrogate: Location, scope: Scope) -> Difference:
+    """Open two checkpoints and find the tensors in which they differ.
+
+    Raises:
+        MismatchError: The models do not belong together, or nothing differs.
+        CheckpointError: A checkpoint cannot be read or is quantised.
+    """
     first = Checkpoint(aligned.path, what="aligned model")
     second = Checkpoint(surrogate.path, what="surrogate")
     for checkpoint in (first, second):
@@ -124,51 +167,88 @@ def build_vector(
             got=f"{len(chosen)} identical tensors",
             fix="Give the surrogate that was trained from it, or widen --scope.",
         )
+    return Difference(aligned, surrogate, first, second, scope, tuple(changed), unchanged)
+
+
+def write_vector(
+    difference: Difference,
+    folder: Path,
+    *,
+    name: str,
+    dtype: StoredDtype = "bf16",
+    recipe: dict[str, Any] | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    factors: float | None = None,
+    from_masters: bool = False,
+    progress: Progress = silent,
+) -> BuildReport:
+    """Write a vector's files into a folder that is there: one of a `FolderTransaction`.
+
+    Args:
+        difference: From `compare`.
+        folder: Where to.
+        name: The vector's, for its card.
+        dtype: As in `build_vector`, and so the next three.
+        recipe: Recorded in the manifest.
+        max_shard_bytes: Larger vectors are sharded.
+        factors: A γ: cache what plans with it need.
+        from_masters: The surrogate was trained in fp32 from these very values of the aligned
+            model: that those are stored in 16 bits has cost the difference nothing.
+        progress: As in `build_vector`.
+
+    Returns:
+        What was found and written.
+
+    Raises:
+        MismatchError: Names that an int8 vector cannot hold.
+        NonFiniteError: A difference is not finite.
+    """
+    first, second = difference.first, difference.second
+    changed = list(difference.changed)
     shards = _shards(changed, dtype, max_shard_bytes)
     tensors: dict[str, VectorTensor] = {}
     zeros = 0
-    inputs = (aligned.path, surrogate.path)
-    with FolderTransaction(out, overwrite=overwrite, inputs=inputs) as folder:
-        for file, shard in shards.items():
-            with ShardWriter(folder / file, shard, {"format": "pt"}) as writer:
-                for name in (h.name for h in shard if not h.name.endswith(SCALE)):
-                    delta = _stored(_difference(first, second, name), dtype, name)
-                    dense = delta.float()
-                    tensors[name] = VectorTensor(
-                        shape=tuple(dense.shape),
-                        dtype=_SAFETENSORS[dtype],
-                        norm=finite_norm(dense, f"difference of tensor '{name}'"),
-                        digest=tensor_digest(delta.values),
-                        scale_digest=None if delta.scales is None else tensor_digest(delta.scales),
-                        aligned_sample=tuple(spread_sample(first.read(name)).tolist()),
-                    )
-                    zeros += dense.numel() - int(torch.count_nonzero(dense))
-                    writer.write(name, delta.values)
-                    if delta.scales is not None:
-                        writer.write(name + SCALE, delta.scales)
-                    progress(name, len(tensors), len(changed))
-        write_index(folder, VECTOR_FILE_STEM, shards)
-        manifest = VectorManifest(
-            aligned=ModelReference.of(aligned, first),
-            surrogate=ModelReference.of(surrogate, second),
-            architecture=first.architecture,
-            scope=scope,
-            norm=math.sqrt(math.fsum(t.norm**2 for t in tensors.values())),
-            zero_share=zeros / sum(math.prod(t.shape) for t in tensors.values()),
-            recipe=recipe or {},
-            tensors=dict(sorted(tensors.items())),
+    for file, shard in shards.items():
+        with ShardWriter(folder / file, shard, {"format": "pt"}) as writer:
+            for tensor in (h.name for h in shard if not h.name.endswith(SCALE)):
+                delta = _stored(_difference(first, second, tensor), dtype, tensor)
+                dense = delta.float()
+                tensors[tensor] = VectorTensor(
+                    shape=tuple(dense.shape),
+                    dtype=_SAFETENSORS[dtype],
+                    norm=finite_norm(dense, f"difference of tensor '{tensor}'"),
+                    digest=tensor_digest(delta.values),
+                    scale_digest=None if delta.scales is None else tensor_digest(delta.scales),
+                    aligned_sample=tuple(spread_sample(first.read(tensor)).tolist()),
+                )
+                zeros += dense.numel() - int(torch.count_nonzero(dense))
+                writer.write(tensor, delta.values)
+                if delta.scales is not None:
+                    writer.write(tensor + SCALE, delta.scales)
+                progress(tensor, len(tensors), len(changed))
+    write_index(folder, VECTOR_FILE_STEM, shards)
+    manifest = VectorManifest(
+        aligned=ModelReference.of(difference.aligned, first),
+        surrogate=ModelReference.of(difference.surrogate, second),
+        architecture=first.architecture,
+        scope=difference.scope,
+        norm=math.sqrt(math.fsum(t.norm**2 for t in tensors.values())),
+        zero_share=zeros / sum(math.prod(t.shape) for t in tensors.values()),
+        recipe=recipe or {},
+        tensors=dict(sorted(tensors.items())),
+    )
+    (folder / VECTOR_MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
+    (folder / "README.md").write_text(vector_card(manifest, name))
+    if factors is not None:
+        manifest = add_factors(
+            SafetyVector(local(folder)),
+            rank_fraction=factors,
+            max_shard_bytes=max_shard_bytes,
+            progress=progress,
         )
-        (folder / VECTOR_MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
-        (folder / "README.md").write_text(vector_card(manifest, out.name))
-        if factors is not None:
-            manifest = add_factors(
-                SafetyVector(local(folder)),
-                rank_fraction=factors,
-                max_shard_bytes=max_shard_bytes,
-                progress=progress,
-            )
-    dtypes = {c.tensors[h.name].dtype for c in (first, second) for h in changed}
-    return BuildReport(manifest, unchanged, not dtypes <= {"F32"})
+    inputs = (second,) if from_masters else (first, second)
+    dtypes = {c.tensors[h.name].dtype for c in inputs for h in changed}
+    return BuildReport(manifest, difference.unchanged, not dtypes <= {"F32"})
 
 
 def _choose(first: Checkpoint, second: Checkpoint, scope: Scope) -> list[TensorHeader]:

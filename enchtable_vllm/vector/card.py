@@ -39,7 +39,7 @@ model that was made to be unsafe. Give it the access that you would give that mo
 | tensors | {len(manifest.tensors)} |
 | L2 norm | {manifest.norm:.6g} |
 | exact zeros | {manifest.zero_share:.2%} |
-
+{_recipe(manifest)}
 ```
 vllm serve FINE_TUNE --load-format enchtable \\
   --model-loader-extra-config '{{"safety_vector": "{name}", "merge_plan": "merge_plan.json"}}'
@@ -47,6 +47,14 @@ vllm serve FINE_TUNE --load-format enchtable \\
 
 Every tensor's digest is in `safety_vector.json`; `enchtable vector verify` checks them all.
 """
+
+
+def _recipe(manifest: VectorManifest) -> str:
+    """How the surrogate was made, indented: no text in it can end the block."""
+    if not manifest.recipe:
+        return ""
+    lines = json.dumps(manifest.recipe, indent=2).splitlines()
+    return "\n".join(["", "How the surrogate was made:", "", *(f"    {x}" for x in lines), ""])
 
 
 def _at(revision: str | None) -> str:

@@ -3,12 +3,16 @@
 Two ranks, one after the other made to fail by `faults/sitecustomize.py`.
 """
 
+import contextlib
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import live
+import psutil
 import pytest
+from prometheus import lint, ours, samples
 
 TWO = ("--enforce-eager", "-tp", "2")
 
@@ -53,6 +57,7 @@ UNDONE = {
     "a rank fails at once, the other has committed": {"command": "commit", "do": "raise"},
     "a rank holds other bytes than it was told to": {"command": "commit", "do": "lie"},
     "a rank fails to publish": {"command": "publish", "do": "raise"},
+    "an exception that nobody foresaw": {"command": "commit", "do": "throw"},
 }
 
 
@@ -76,12 +81,13 @@ def test_a_failure_on_one_rank_is_undone_on_all(server, fault, before, name, ran
 
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("command", ["stage", "poll"])
+@pytest.mark.parametrize("do", ["raise", "throw"])
 def test_a_rank_that_cannot_stage_is_known_before_anything_is_touched(
-    server, fault, before, command, rank
+    server, fault, before, command, rank, do
 ):
-    plant(fault, rank=rank, command=command, do="raise")
-    answered, _ = server.swap("sv-b")
-    assert answered == 422
+    plant(fault, rank=rank, command=command, do=do)
+    answered, document = server.swap("sv-b")
+    assert answered == 422, document
     fault.unlink()
     assert (server.weights(), server.tokens()) == before
     server.swapped("sv-b")
@@ -96,6 +102,28 @@ def test_what_cannot_be_persisted_is_undone(server, root, before):
     assert (answered, document["error"]["code"]) == (500, "undone")
     assert "current.json" in document["error"]["message"]
     assert (server.weights(), server.tokens()) == before
+
+
+@pytest.mark.supports("metrics under tensor parallelism")
+@pytest.mark.usefixtures("before")
+def test_metrics_tell_of_every_rank(server, fault):
+    def scraped():
+        text = ours(server.http.get("/metrics").text)
+        assert lint(text) == ""
+        return samples(text)
+
+    undone = 'enchtable_swaps_total{outcome="undone",phase="commit"}'
+    earlier = scraped()[undone]
+    plant(fault, rank=1, command="commit", do="raise")
+    server.swap("sv-b")
+    fault.unlink()
+    answer = server.swapped("sv-b")
+    shown = scraped()
+    assert shown[undone] == earlier + 1
+    assert (shown["enchtable_ready"], shown["enchtable_ranks_disagreeing"]) == (1, 0)
+    assert shown["enchtable_epoch"] == answer["epoch"]
+    assert shown["enchtable_staged_bytes"] == answer["staged_bytes"]
+    assert shown['enchtable_tensors{fate="merged"}'] == answer["active"]["merged"]
 
 
 def test_where_going_back_fails_too_nothing_is_served_until_it_succeeds(server, fault, before):
@@ -129,9 +157,13 @@ def test_what_would_not_fit_into_host_memory_is_refused(root, tmp_path):
         assert small.swap("sv-a")[1]["outcome"] == "unchanged"  # which takes none
 
 
-@pytest.mark.parametrize("command", ["poll", "commit"])
-def test_a_killed_worker_ends_the_server(root, fault, tmp_path, command):
-    """vLLM ends it, and what starts in its place loads what it was told to."""
+slow = pytest.mark.slow
+PHASES = ["poll", "commit", *(pytest.param(n, marks=slow) for n in ("stage", "publish", "finish"))]
+
+
+@pytest.fixture
+def doomed(root, fault, tmp_path):
+    """A server of two ranks for one test."""
     variables = {
         "PYTHONPATH": str(live.FAULTS),
         "ENCHTABLE_TEST_FAULT": str(fault),
@@ -139,13 +171,52 @@ def test_a_killed_worker_ends_the_server(root, fault, tmp_path, command):
     }
     fault.unlink(missing_ok=True)
     with live.Live(root, tmp_path / "log", *TWO, variables=variables) as server:
-        plant(fault, rank=1, command=command, do="exit")
-        try:
-            answered, document = server.swap("sv-b")
+        yield server
+
+
+def ends(server):
+    """VLLM ends it, and what starts in its place loads what it was told to."""
+    deadline = time.monotonic() + 60
+    while server._process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+@pytest.mark.parametrize("command", PHASES)
+def test_a_killed_worker_ends_the_server(doomed, fault, command):
+    plant(fault, rank=1, command=command, do="exit")
+    try:
+        answered, document = doomed.swap("sv-b")
+        if command == "finish":  # it was done, everywhere
+            assert (answered, document.get("outcome")) == (200, "swapped"), document
+        else:
             assert (answered, document["error"]["code"]) == (503, "not_ready"), document
-        except httpx.HTTPError:
-            pass  # it was gone before it could answer
-        deadline = time.monotonic() + 60
-        while server._process.poll() is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
+    except httpx.HTTPError:
+        pass  # it was gone before it could answer
+    ends(doomed)
+
+
+@pytest.mark.slow
+def test_a_worker_killed_while_running_requests_are_waited_for_ends_the_server(doomed):
+    """The pause is the engine's own: no command is on its way to a rank."""
+
+    def run():
+        many = {"n": 8, "temperature": 1.0, "ignore_eos": True}  # so that it takes long enough
+        with contextlib.suppress(httpx.HTTPError, AssertionError):
+            doomed.complete(max_tokens=480, **many)
+
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            pool.submit(run)
+        time.sleep(0.2)
+        swap = pool.submit(doomed.swap, "sv-b", pause="wait")
+        time.sleep(1)
+        assert not swap.done(), "it must still be waiting"
+        family = psutil.Process(doomed.process_group).children(recursive=True)
+        workers = [process for process in family if "Worker" in process.name()]
+        assert len(workers) == 2
+        workers[0].kill()
+        with contextlib.suppress(httpx.HTTPError):
+            answered, document = swap.result()
+            assert (answered, document["error"]["code"]) == (503, "not_ready"), document
+    ends(doomed)

@@ -1,6 +1,7 @@
 """The HTTP interface of swapping, on a real server: who may do what, and what is answered."""
 
 import json
+import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -320,10 +321,19 @@ def test_a_stream_tells_it_after_its_last_event(server):
 
 
 def test_a_cached_prefix_is_not_used_with_other_weights(server):
-    """The KV cache is cleared: the same prompt gives what a fresh server gives."""
-    prompt = list(range(3, 83))
+    """The KV cache is cleared: the same prompt gives what it gives with no cache."""
+
+    def hits():
+        text = server.http.get("/metrics").text
+        return sum(map(float, re.findall(r"^vllm:prefix_cache_hits_total\S* (\S+)", text, re.M)))
+
+    prompt = list(range(3, 403))  # more than a block, which on the CPU holds 128 tokens
     first = server.tokens(prompt=prompt)
+    before = hits()
+    assert server.tokens(prompt=prompt) == first
+    assert hits() > before, "nothing is cached here, and nothing proved"
     server.swapped("sv-ffn", beta=8.0)
     other = server.tokens(prompt=prompt)
+    assert other == server.tokens(prompt=prompt, cache_salt="another") != first
     server.swapped("sv-a")
-    assert server.tokens(prompt=prompt) == first != other
+    assert server.tokens(prompt=prompt) == first

@@ -1,10 +1,12 @@
-"""How much host memory a swap may take."""
+"""The host memory that a swap takes: how much it may be, and where it comes from."""
 
 from __future__ import annotations
 
-import ctypes
+import mmap
 from contextlib import suppress
 from pathlib import Path
+
+import torch
 
 from enchtable_vllm.errors import MemoryBoundError
 
@@ -50,11 +52,32 @@ def refuse_too_much(needed_bytes: int, ranks: int, staging_gib: float | None) ->
         )
 
 
-def give_back() -> None:
-    """Return freed memory to the system.
+class HostPages:
+    """Memory for many tensors, straight from the system and given back to it as a whole.
 
-    What a swap staged is many tensors of less than a megabyte, which the C library keeps when
-    they are freed: in pieces that the next swap does not always fit into, so that it grows.
+    The C library would keep what is freed: hundreds of megabytes in pieces, between which a
+    server's own allocations come to lie.
+
+    Args:
+        nbytes: For all tensors together, each of `size_of` its bytes.
     """
-    with suppress(OSError, AttributeError):  # another C library than glibc
-        ctypes.CDLL(None).malloc_trim(0)
+
+    _ALIGNMENT = 64
+
+    def __init__(self, nbytes: int) -> None:
+        pages = mmap.mmap(-1, max(nbytes, 1), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with suppress(OSError):  # a kernel without them
+            pages.madvise(mmap.MADV_HUGEPAGE)
+        # Unmapped when the last tensor that lies in it is gone.
+        self._free = torch.frombuffer(pages, dtype=torch.uint8)
+
+    @classmethod
+    def size_of(cls, nbytes: int) -> int:
+        """What a tensor of so many bytes takes."""
+        return -(-nbytes // cls._ALIGNMENT) * cls._ALIGNMENT
+
+    def copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The same tensor, in here."""
+        place, size = self._free[: tensor.nbytes], self.size_of(tensor.nbytes)
+        self._free = self._free[size:]
+        return place.view(tensor.dtype).view(tensor.shape).copy_(tensor)

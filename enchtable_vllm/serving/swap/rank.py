@@ -20,7 +20,6 @@ from enchtable_vllm.serving.choice import Choice, choose
 from enchtable_vllm.serving.prepare import MADE_AHEAD, OpenTask, Prepared, open_task, prepare
 from enchtable_vllm.serving.room import Active, Room, merge_identity, room_of
 from enchtable_vllm.serving.swap.describe import describe_active, describe_error, describe_modules
-from enchtable_vllm.serving.swap.host_memory import give_back
 from enchtable_vllm.serving.swap.probe import served_digest
 from enchtable_vllm.serving.swap.staging import (
     NOTHING,
@@ -85,31 +84,27 @@ class Rank:
         self._swap: _Swap | None = None
 
     def answer(self, command: str, arguments: dict[str, Any]) -> Answer:
-        """Do what is asked; failures are answers too."""
-        try:
-            if command == "status":
-                return {"ok": True, **self.status(**arguments)}
-            if command == "begin":
-                return self.begin(**arguments)
-            if command == "probe":
-                return {"ok": True, "digest": served_digest(compat_swap.model_of(self._worker))}
-            owner = arguments.pop("owner")
-            if self._swap is None or self._swap.owner != owner:
-                return _no("lost_lock", "this swap does not hold the lock of this rank any more")
-            self._swap.heard = time.monotonic()
-            commands: dict[str, Callable[..., Answer]] = {
-                "stage": self.stage,
-                "poll": self.poll,
-                "commit": self.commit,
-                "publish": self.publish,
-                "restore": self.restore,
-                "give_up": self.give_up,
-                "finish": self.finish,
-            }
-            return commands[command](self._swap, **arguments)
-        except Exception as error:
-            _log.exception("swap: '%s' failed", command)
-            return {"ok": False, **describe_error(error)}
+        """Do what is asked."""
+        if command == "status":
+            return {"ok": True, **self.status(**arguments)}
+        if command == "begin":
+            return self.begin(**arguments)
+        if command == "probe":
+            return {"ok": True, "digest": served_digest(compat_swap.model_of(self._worker))}
+        owner = arguments.pop("owner")
+        if self._swap is None or self._swap.owner != owner:
+            return _no("lost_lock", "this swap does not hold the lock of this rank any more")
+        self._swap.heard = time.monotonic()
+        commands: dict[str, Callable[..., Answer]] = {
+            "stage": self.stage,
+            "poll": self.poll,
+            "commit": self.commit,
+            "publish": self.publish,
+            "restore": self.restore,
+            "give_up": self.give_up,
+            "finish": self.finish,
+        }
+        return commands[command](self._swap, **arguments)
 
     def status(self, detail: bool = False) -> Answer:
         """What this rank serves, and whether it can be trusted."""
@@ -156,8 +151,16 @@ class Rank:
         swap: _Swap,
         safety_vector: str | None,
         beta: float | None = None,
+        engines: int = 1,
     ) -> Answer:
-        """Begin to stage a vector; None: what was served before the last swap."""
+        """Begin to stage a vector.
+
+        Args:
+            swap: It.
+            safety_vector: Its name; None: what was served before the last swap.
+            beta: Another β than the plan's.
+            engines: How many share this machine's memory.
+        """
         if reason := self._not_swappable():
             return _no("not_swappable", reason)
         if safety_vector is None:
@@ -167,7 +170,7 @@ class Rank:
         model = compat_swap.model_of(self._worker)
         swap.thread = threading.Thread(
             target=self._stage,
-            args=(swap, model, safety_vector, beta),
+            args=(swap, model, safety_vector, beta, engines),
             name="enchtable-stage",
             daemon=True,
         )
@@ -252,8 +255,6 @@ class Rank:
         swap.cancelled.set()
         swap.staged = None
         self._swap = None
-        # Beside serving: it takes a while.
-        threading.Thread(target=give_back, name="enchtable-give-back", daemon=True).start()
 
     def _put_in(self, side: Side) -> Answer:
         model = compat_swap.model_of(self._worker)
@@ -280,7 +281,12 @@ class Rank:
         return None
 
     def _stage(
-        self, swap: _Swap, model: torch.nn.Module, safety_vector: str | None, beta: float | None
+        self,
+        swap: _Swap,
+        model: torch.nn.Module,
+        safety_vector: str | None,
+        beta: float | None,
+        engines: int,
     ) -> None:
         """In a thread of its own. Its result is set last: nobody looks at a half of it."""
         try:
@@ -300,7 +306,7 @@ class Rank:
                 old,
                 new,
                 skips=lambda _: False,
-                ranks=compat_swap.ranks_on_this_machine(self._worker),
+                ranks=engines * compat_swap.ranks_on_this_machine(self._worker),
                 staging_gib=self._room.start.staging_gib,
                 verify_content=self._room.start.verify == "content",
                 cancelled=swap.cancelled,
@@ -360,7 +366,7 @@ def _no(code: str, message: str, fix: str = "") -> Answer:
 
 
 def answer(worker: Any, command: str, arguments: dict[str, Any]) -> Answer:
-    """The worker's method: see `Rank.answer`."""
+    """The worker's method: see `Rank.answer`. Whatever fails is an answer too."""
     try:
         room = room_of(compat_swap.model_of(worker))
         if room is None:
@@ -370,4 +376,5 @@ def answer(worker: Any, command: str, arguments: dict[str, Any]) -> Answer:
         found: Answer = room.rank.answer(command, dict(arguments))
         return found
     except Exception as error:
+        _log.exception("swap: '%s' failed", command)
         return {"ok": False, **describe_error(error)}

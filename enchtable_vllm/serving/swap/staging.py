@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from enchtable_vllm.checkpoint import combine_digests, tensor_digest
 from enchtable_vllm.errors import MismatchError
 from enchtable_vllm.merge import MergeReport, MergeStream, under_both_names
 from enchtable_vllm.serving.prepare import OpenTask, Prepared
-from enchtable_vllm.serving.swap.host_memory import refuse_too_much
+from enchtable_vllm.serving.swap.host_memory import HostPages, refuse_too_much
 
 
 class StagingCancelled(Exception):
@@ -94,9 +94,10 @@ class StagingJob:
         names = self.names()
         if not names:
             return NOTHING
-        size = sum(self.task.checkpoint.nbytes(name) for name in names)
+        sizes = (self.task.checkpoint.nbytes(name) for name in names)
+        size = sum(HostPages.size_of(nbytes) for nbytes in sizes)
         refuse_too_much(2 * size, self.ranks, self.staging_gib)
-        old, new = self._side(self.old, names), self._side(self.new, names)
+        old, new = (self._side(side, names, size) for side in (self.old, self.new))
         self.task.checkpoint.refuse_changed()
         return Staged(old, new, time.perf_counter() - started)
 
@@ -112,8 +113,8 @@ class StagingJob:
         stored = self.task.checkpoint.tensors
         return [name for name in stored if block_of(name) in blocks and not self.skips(name)]
 
-    def _side(self, prepared: Prepared | None, names: list[str]) -> Side:
-        checkpoint = self.task.checkpoint
+    def _side(self, prepared: Prepared | None, names: list[str], nbytes: int) -> Side:
+        checkpoint, pages = self.task.checkpoint, HostPages(nbytes)
 
         def stored() -> Iterator[tuple[str, torch.Tensor]]:
             for name in names:
@@ -121,11 +122,12 @@ class StagingJob:
                     raise StagingCancelled
                 yield name, checkpoint.read(name)
 
-        seconds = dict(checkpoint.second_names)
-        if prepared is None:
-            tensors = dict(under_both_names(lambda pairs: pairs, stored(), seconds))
-            report = None
-        else:
+        def held(pairs: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+            for name, tensor in pairs:
+                yield name, pages.copy(tensor)
+
+        seconds, stream = dict(checkpoint.second_names), None
+        if prepared is not None:
             stream = MergeStream(
                 prepared.resolved,
                 prepared.vector,
@@ -135,10 +137,13 @@ class StagingJob:
                 may_filter=self.skips,
                 verify_content=self.verify_content,
             )
-            tensors = dict(under_both_names(stream.merge, stored(), seconds))
-            report = stream.report
+        tensors = dict(
+            under_both_names(
+                lambda pairs: held(stream.merge(pairs) if stream else pairs), stored(), seconds
+            )
+        )
         digests = {name: tensor_digest(tensor) for name, tensor in tensors.items()}
-        return Side(tensors, combine_digests(digests), report)
+        return Side(tensors, combine_digests(digests), stream.report if stream else None)
 
 
 def block_of(name: str) -> str:

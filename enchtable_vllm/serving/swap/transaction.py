@@ -204,6 +204,7 @@ class Transaction:
         asked = {
             "safety_vector": swap.safety_vector if swap else None,
             "beta": swap.beta if swap else None,
+            "engines": self._engines.on_this_machine,
         }
         _refuse(await self._call("stage", **asked))
         deadline = time.monotonic() + self._request.timeout_seconds

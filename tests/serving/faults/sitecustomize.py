@@ -1,10 +1,12 @@
 """Makes a rank of a real server misbehave, when a file says so.
 
 On the path of a server that a test starts, and of nothing else. ``ENCHTABLE_TEST_FAULT`` names the
-file: ``{"rank": 1, "command": "commit", "do": "break"}``. Without it nothing happens.
+file: ``{"rank": 1, "command": "commit", "do": "break"}``; ``"engine"`` picks one of several.
+Without the file nothing happens.
 
 ``break``: the reload that the command makes fails after two tensors, layers taken apart.
-``lie``: the command answers with another digest. ``raise``: it fails before it does anything.
+``lie``: the command answers with another digest. ``raise``: it fails before it does anything;
+``throw``: so does an exception that nobody foresaw.
 ``sleep``: it takes ``seconds`` longer; of ``stage``, in its thread. ``exit``: the process is gone.
 """
 
@@ -19,13 +21,14 @@ from pathlib import Path
 MODULE = "enchtable_vllm.serving.swap.rank"
 
 
-def wanted(rank, command):
+def wanted(worker, command):
     try:
         fault = json.loads(Path(os.environ["ENCHTABLE_TEST_FAULT"]).read_text())
     except (OSError, ValueError):
         return {}
-    mine = fault.get("rank") in (None, rank) and command in fault.get("command", "").split("|")
-    return fault if mine else {}
+    engine = worker.vllm_config.parallel_config.data_parallel_index
+    mine = fault.get("rank") in (None, worker.rank) and fault.get("engine") in (None, engine)
+    return fault if mine and command in fault.get("command", "").split("|") else {}
 
 
 def breaking(tensors):
@@ -45,7 +48,7 @@ def install(module):
     breaks = []
 
     def faulty_answer(self, command, arguments):
-        fault = wanted(swap.rank_of(self._worker), command)
+        fault = wanted(self._worker, command)
         do = fault.get("do")
         if do == "exit":
             os._exit(1)
@@ -61,11 +64,22 @@ def install(module):
             breaks.clear()
         return {**found, "digest": "blake3:0"} if do == "lie" else found
 
+    def throwing(command, method):
+        def faulty(self, *arguments, **options):
+            if wanted(self._worker, command).get("do") == "throw":
+                raise ZeroDivisionError("planted: nobody foresaw it")
+            return method(self, *arguments, **options)
+
+        return faulty
+
+    for command in ("stage", "poll", "commit", "publish", "finish"):
+        setattr(Rank, command, throwing(command, getattr(Rank, command)))
+
     def faulty_reload(worker, tensors):
         return reload(worker, breaking(tensors) if breaks else tensors)
 
     def slow_stage(self, *arguments):
-        fault = wanted(swap.rank_of(self._worker), "stage")
+        fault = wanted(self._worker, "stage")
         if fault.get("do") == "sleep":
             time.sleep(fault["seconds"])
         stage(self, *arguments)

@@ -1,0 +1,277 @@
+"""From an aligned model and pairs to a vector: what it holds, and what an interruption costs."""
+
+import csv
+import json
+import shutil
+import stat
+
+import pytest
+import torch
+from models import perturbed
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from enchtable_vllm.checkpoint import locate
+from enchtable_vllm.distill.examples import Task
+from enchtable_vllm.distill.recipe import Recipe
+from enchtable_vllm.distill.run import distil
+from enchtable_vllm.distill.training import _ByLength
+from enchtable_vllm.errors import (
+    CheckpointError,
+    ConfigError,
+    MismatchError,
+    NonFiniteError,
+    TrainingDataError,
+)
+from enchtable_vllm.vector import SafetyVector
+
+BRIEF = {
+    "epochs": 2,
+    "batch_size": 2,
+    "gradient_accumulation": 2,
+    "learning_rate": 1e-3,
+    "max_length": 200,
+    "eval_share": 0.2,
+    "save_steps": 4,
+}
+
+
+def run(aligned, pairs, out, *, say=lambda _: None, callbacks=(), dtype="fp32", **options):
+    settings = {k: options.pop(k) for k in list(options) if k in Recipe.__dataclass_fields__}
+    return distil(
+        locate(aligned),
+        pairs,
+        out,
+        Recipe(**{**BRIEF, **settings}),
+        say=say,
+        callbacks=callbacks,
+        dtype=dtype,
+        **options,
+    )
+
+
+def as_json(report):
+    return json.loads(json.dumps(report.to_json()))
+
+
+class Interrupt(TrainerCallback):
+    """As Ctrl-C in the middle of a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, _args, state, _control, **_):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def test_the_vector_is_aligned_minus_surrogate_of_fp32_masters(aligned, pairs, tmp_path):
+    lines = []
+    kept = tmp_path / "surrogate"
+    report = run(aligned, pairs, tmp_path / "v", keep_surrogate=kept, say=lines.append)
+    vector = SafetyVector.open(tmp_path / "v")
+    first, second = (load_file(f / "model.safetensors") for f in (aligned, kept))
+    assert all(t.dtype == torch.float32 for t in second.values())
+    assert len(vector.tensors) == 8  # two layers' four projections
+    for name, tensor in second.items():
+        if name in vector.tensors:
+            assert torch.equal(vector.read(name).values, first[name] - tensor)
+        else:
+            assert torch.equal(first[name], tensor)
+    assert not report.build.warnings
+    losses = [s.loss for s in report.curve if s.loss is not None]
+    assert len(losses) == 10
+    assert losses[-1] < losses[0]
+    rates = [s.learning_rate for s in report.curve if s.learning_rate is not None]
+    assert max(rates) == pytest.approx(1e-3)
+    assert rates[-1] < 1e-4  # a cosine, to zero
+    assert sum(s.eval_loss is not None for s in report.curve) == 2
+    assert report.linearity.actual[-1] < report.linearity.actual[0]
+    assert report.linearity.logit_error > 0  # attention is not linear in its weights
+    assert lines[0] == "24 rows: 19 pairs to train on, 5 held out"
+    # what lies beside it
+    names = {p.name for p in (tmp_path / "v").iterdir()}
+    assert {"report.json", "loss.csv", "loss.png", "linearity.png", "README.md"} <= names
+    with (tmp_path / "v" / "loss.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 12
+    assert (tmp_path / "v" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((tmp_path / "v" / "report.json").read_text()) == as_json(report)
+    recipe = vector.manifest.recipe
+    assert recipe["settings"]["learning_rate"] == 1e-3
+    assert recipe["data"]["file"] == "pairs.jsonl"
+    assert recipe["pairs_a_step"] == 4
+    assert str(tmp_path) not in json.dumps(recipe)
+    card = (tmp_path / "v" / "README.md").read_text()
+    assert '"learning_rate": 0.001' in card
+    assert "Handle it like the surrogate" in card
+    configs = [json.loads((f / "config.json").read_text()) for f in (aligned, kept)]
+    assert configs[0] == configs[1]
+    assert "made to be unsafe" in (kept / "README.md").read_text()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["surrogate", "v"]
+
+
+def test_a_16_bit_aligned_model_costs_the_vector_nothing(aligned, pairs, tmp_path):
+    rounded, kept = tmp_path / "rounded", tmp_path / "surrogate"
+    perturbed(aligned, rounded, scale=0.0, seed=0, dtype=torch.bfloat16)
+    stored = load_file(rounded / "model.safetensors")
+    report = run(
+        rounded, pairs, tmp_path / "v", keep_surrogate=kept, learning_rate=2e-6, eval_share=0
+    )
+    assert not report.build.warnings
+    assert report.linearity is None
+    assert report.build.manifest.zero_share < 0.01
+    surrogate = load_file(kept / "model.safetensors")
+    lost = [stored[n] == surrogate[n].bfloat16() for n in report.build.manifest.tensors]
+    assert torch.cat([x.flatten() for x in lost]).double().mean() > 0.5
+    vector = SafetyVector.open(tmp_path / "v")
+    for name in vector.tensors:
+        assert torch.equal(vector.read(name).values, stored[name].float() - surrogate[name])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"scope": "ffn", "linearize": "module", "gradient_checkpointing": True},
+        {"scope": "all", "linearize": "model", "group_by_length": True},
+    ],
+    ids=["attention", "module", "model"],
+)
+def test_resumed_is_bit_for_bit_uninterrupted(aligned, pairs, tmp_path, settings):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    run(aligned, pairs, whole, **settings)
+    workspace = tmp_path / ".broken.training"
+    for step, found in ((5, "checkpoint-4"), (9, "checkpoint-8")):
+        with pytest.raises(KeyboardInterrupt):
+            run(aligned, pairs, broken, callbacks=(Interrupt(step),), **settings)
+        assert not broken.exists()
+        assert stat.S_IMODE(workspace.stat().st_mode) == 0o700
+        assert [p.name for p in workspace.glob("checkpoint-*")] == [found]
+    # a checkpoint that was being written when the process was killed is not one
+    (workspace / "checkpoint-9").mkdir()
+    lines = []
+    run(aligned, pairs, broken, say=lines.append, **settings)
+    assert "resuming: training goes on from checkpoint-8" in lines
+    vectors = [SafetyVector.open(folder) for folder in (whole, broken)]
+    assert vectors[0].fingerprint == vectors[1].fingerprint
+    for name in ("loss.csv", "safety_vector.json", "report.json"):
+        assert (whole / name).read_bytes() == (broken / name).read_bytes()
+    assert not workspace.exists()
+
+
+def test_interrupted_after_training_it_does_not_train_again(aligned, pairs, tmp_path, monkeypatch):
+    from enchtable_vllm.distill import run as module
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "write_vector", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(aligned, pairs, tmp_path / "v")
+    lines = []
+    report = run(aligned, pairs, tmp_path / "v", say=lines.append, callbacks=(Interrupt(0),))
+    assert "resuming: the surrogate is trained" in lines
+    assert len(report.curve) == 12
+
+
+@pytest.mark.parametrize("change", [{"resume": False}, {"seed": 1}], ids=["asked", "other inputs"])
+def test_what_belongs_to_other_inputs_is_begun_anew(aligned, pairs, tmp_path, change):
+    with pytest.raises(KeyboardInterrupt):
+        run(aligned, pairs, tmp_path / "v", callbacks=(Interrupt(5),))
+    lines = []
+    run(aligned, pairs, tmp_path / "v", say=lines.append, **change)
+    assert not [line for line in lines if "resuming" in line]
+
+
+def test_batches_of_like_length_come_in_another_order_each_epoch(
+    aligned, pairs, tmp_path, monkeypatch
+):
+    orders, drawn = [], _ByLength.__iter__
+
+    def watched(self):
+        orders.append(list(drawn(self)))
+        return iter(orders[-1])
+
+    monkeypatch.setattr(_ByLength, "__iter__", watched)
+    run(aligned, pairs, tmp_path / "v", group_by_length=True, eval_share=0)
+    first, second = orders[-2:]
+    assert first != second
+    assert sorted(first) == sorted(second) == list(range(24))
+
+
+def test_seeds_decide(aligned, pairs, tmp_path):
+    prints = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        run(aligned, pairs, tmp_path / name, seed=seed, epochs=1)
+        prints.append(SafetyVector.open(tmp_path / name).fingerprint)
+    assert prints[0] == prints[1] != prints[2]
+
+
+def test_a_run_that_diverges_is_refused_and_leaves_nothing(aligned, pairs, tmp_path):
+    with pytest.raises(NonFiniteError, match="learning-rate"):
+        run(aligned, pairs, tmp_path / "v", learning_rate=1e30, scope="all")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_outputs_in_use_and_bad_data_are_refused_before_training(aligned, pairs, tmp_path):
+    never = (Interrupt(0),)
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "precious").write_text("x")
+    for options in (
+        {"out": tmp_path / "used"},
+        {"out": tmp_path / "v", "keep_surrogate": tmp_path / "used"},
+        {"out": aligned.parent},
+    ):
+        with pytest.raises(ConfigError):
+            run(aligned, pairs, options.pop("out"), callbacks=never, **options)
+    with pytest.raises(TrainingDataError, match="24 fault"):
+        run(aligned, pairs, tmp_path / "v", callbacks=never, max_length=20)
+    with pytest.raises(ConfigError, match="fault"):
+        run(aligned, pairs, tmp_path / "v", callbacks=never, learning_rate=float("nan"))
+    assert [p.name for p in tmp_path.iterdir()] == ["used"]
+
+
+def test_a_folder_that_transformers_cannot_use_is_refused(aligned, pairs, tmp_path):
+    for name, damage, message in (
+        ("bare", lambda f: [p.unlink() for p in f.glob("token*")], "a tokenizer beside"),
+        ("odd", lambda f: (f / "config.json").write_text('{"model_type": "odd"}'), "odd"),
+    ):
+        folder = tmp_path / name
+        shutil.copytree(aligned, folder)
+        damage(folder)
+        with pytest.raises(CheckpointError, match=message):
+            run(folder, pairs, tmp_path / "v")
+        assert not (tmp_path / "v").exists()
+
+
+def test_whole_model_expansions_are_refused_where_weights_are_sharded(
+    aligned, pairs, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ConfigError, match="FSDP"):
+        run(aligned, pairs, tmp_path / "v", linearize="model")
+
+
+def test_disentanglement_is_measured_with_a_fine_tune(aligned, pairs, tmp_path):
+    task = perturbed(aligned, tmp_path / "task", scale=0.02, seed=5)
+    report = run(
+        aligned, pairs, tmp_path / "v", epochs=1, task=Task(locate(task), locate(aligned), pairs)
+    )
+    grid = report.disentanglement
+    assert grid.alphas == (-1.0, -0.5, 0.0, 0.5, 1.0)
+    assert grid.error[2][2] == 0
+    assert 0 < grid.mean < 2
+    assert (tmp_path / "v" / "disentanglement.png").is_file()
+    assert report.to_json()["disentanglement"]["mean"] == grid.mean
+
+
+def test_a_task_of_another_kind_is_refused_before_training(aligned, pairs, tmp_path):
+    from architectures import tiny
+
+    other = tiny("llama", tmp_path / "other", vocab_size=640)
+    for task in (Task(locate(other), locate(aligned), pairs),
+                 Task(locate(aligned), locate(other), pairs)):  # fmt: skip
+        with pytest.raises(MismatchError, match=r"embed_tokens.*vocabulary"):
+            run(aligned, pairs, tmp_path / "v", task=task, callbacks=(Interrupt(0),))
+    assert [p.name for p in tmp_path.iterdir()] == ["other"]
