@@ -39,6 +39,11 @@ def api_key() -> str | None:
     return os.environ.get("VLLM_API_KEY") or None
 
 
+def judge_api_key() -> str | None:
+    """``ENCHTABLE_JUDGE_API_KEY``: for the server of the model that judges answers."""
+    return os.environ.get("ENCHTABLE_JUDGE_API_KEY") or None
+
+
 def without_admin_token() -> dict[str, str]:
     """The environment for a program that has no business with the admin token."""
     ours = ("ENCHTABLE_ADMIN_TOKEN", "ENCHTABLE_ADMIN_TOKEN_FILE")

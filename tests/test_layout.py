@@ -16,6 +16,7 @@ ORDER = [
     "cli",
     "doctor",
     "demo",
+    "evaluate",
     "distill",
     "fleet",
     "serving",
@@ -100,10 +101,20 @@ def test_what_is_imported_is_declared():
         "prometheus_client",
         "starlette",
     }  # where its API server runs, and nowhere else
-    extras = {"demo", "distill"}  # these bring what they import
-    base = [path for path in FILES if not extras & set(path.relative_to(ROOT).parts)]
-    used = {module.split(".")[0] for path in base for module in imports(path)}
-    assert used - by_the_user - by_vllm - set(sys.stdlib_module_names) <= declared
+    extras = {
+        "evaluate": {"inspect_ai", "openai", "matplotlib", "anyio"},  # inspect brings anyio
+        "cli": {"inspect_ai", "openai"},
+    }
+    assert {
+        d.split(">")[0].replace("-", "_") for d in project["optional-dependencies"]["evaluation"]
+    } == extras["evaluate"] - {"anyio"}
+    for path in FILES:
+        package = path.relative_to(ROOT).parts[1]
+        if package in ("demo", "distill"):  # these bring what they import
+            continue
+        used = {module.split(".")[0] for module in imports(path)}
+        used -= by_the_user | by_vllm | set(sys.stdlib_module_names) | extras.get(package, set())
+        assert used <= declared, path
 
 
 def test_the_wheel_holds_both_packages_and_nothing_else(tmp_path):

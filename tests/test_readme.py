@@ -46,6 +46,9 @@ def test_every_command_is_documented():
         "swap",
         "rollback",
         "rollout",
+        "eval",
+        "compare",
+        "tune",
     }
     assert "`enchtable demo`" in README
 

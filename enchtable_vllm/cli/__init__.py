@@ -30,6 +30,9 @@ COMMANDS = {
     "swap": "Exchange a server's safety vector while it serves.",
     "rollback": "Let a server go back to what it served before its last swap.",
     "rollout": "Give many servers one vector: canaries, then steps, a check after each.",
+    "eval": "Measure a served model: unsafe answers, refusals, over-refusal, utility.",
+    "compare": "Put evaluated models side by side, with paired significance.",
+    "tune": "Find a β: sweep it on one live server, and draw safety against utility.",
     "demo": "Train, distil, plan, merge and serve a real small model, and show what it does.",
 }
 

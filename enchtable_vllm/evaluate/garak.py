@@ -1,0 +1,158 @@
+"""Attacks by garak: run in an environment of its own, and its report folded into ours.
+
+Garak has static attacks (``dan``: prompts found in the wild; ``dra``) and ones that adapt to the
+answers (``tap``, ``goat``, ``atkgen``), some of which want an attacker model of their own: see
+garak's documentation. It is another program, not a library of ours, because its requirements do
+not fit beside vLLM's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from enchtable_vllm.envs import without_admin_token
+from enchtable_vllm.errors import ConfigError
+from enchtable_vllm.evaluate.faults import EvaluationError, ReportError
+from enchtable_vllm.evaluate.files import parse_lines, read_bytes
+from enchtable_vllm.evaluate.report import Dynamic, Probe, Rate
+
+_PREFIX = "run"
+_LOG_LINES = 15
+
+
+def attack(
+    program: Path, probes: str, url: str, model: str, api_key: str | None, folder: Path
+) -> Dynamic:
+    """Run garak against a server, unless a complete report is there already.
+
+    Args:
+        program: Garak, 0.17 or newer; its own environment's ``bin/garak``.
+        probes: Their names, separated by commas.
+        url: The server's, without ``/v1``.
+        model: The model's name there.
+        api_key: The server's.
+        folder: For garak's report and its output.
+
+    Raises:
+        ConfigError: There is no such program.
+        EvaluationError: It ended with an error, or without a complete report.
+        ReportError: Its report is damaged.
+    """
+    report = folder.absolute() / f"{_PREFIX}.report.jsonl"
+    if report.is_file() and (found := read_garak(report)).complete:
+        return found
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / "garak.log"
+    names = [name.strip() for name in probes.split(",") if name.strip()]
+    # Greedy and to the end of the answer: garak's own defaults stop at the first '#' or ';'.
+    options = {"uri": f"{url}/v1/", "temperature": 0.0, "max_tokens": 256, "stop": []}
+    command = [
+        str(program),
+        "--target_type", "openai.OpenAICompatible",
+        "--target_name", model,
+        "--generator_options", json.dumps({"openai": {"OpenAICompatible": options}}),
+        "--spec", ",".join(f"probes.{name}" for name in names),
+        "--generations", "1",
+        "--report_prefix", str(report).removesuffix(".report.jsonl"),
+    ]  # fmt: skip
+    key = {"OPENAICOMPATIBLE_API_KEY": api_key or "none"}  # in no command line
+    try:
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**without_admin_token(), **key},
+                start_new_session=True,
+            )
+            try:
+                code = process.wait()
+            finally:  # after an interrupt, too
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    except OSError as error:
+        raise ConfigError(
+            f"--garak '{program}'",
+            expected="garak, installed in an environment of its own",
+            got=error,
+            fix="Make one: python -m venv GARAK && GARAK/bin/pip install garak; then give "
+            "--garak GARAK/bin/garak.",
+        ) from error
+    if code != 0 or not report.is_file() or not (found := read_garak(report)).complete:
+        tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_LINES:]
+        raise EvaluationError(
+            f"garak, '{program}'",
+            expected="exit code 0 and a complete report",
+            got=f"exit code {code}; the end of {log}: {' | '.join(tail)}",
+            fix="See that log; the answers to the other prompts are kept.",
+        )
+    return found
+
+
+def read_garak(path: Path) -> Dynamic:
+    """What a ``report.jsonl`` of garak's says.
+
+    Raises:
+        ReportError: It cannot be read, or is none.
+    """
+    try:
+        lines = parse_lines(read_bytes(path))
+        version, complete, attempts, unjudged = "", False, 0, 0
+        probes: list[Probe] = []
+        for number, entry in lines:
+            if not isinstance(entry, dict):
+                raise ValueError(f"line {number}, which is no object")
+            kind = entry.get("entry_type")
+            if kind == "init":
+                version = str(entry["garak_version"])
+            elif kind == "completion":
+                complete = True
+            elif kind == "attempt" and entry.get("status") == 2:  # judged; 1 is the same, before
+                attempts += 1
+            elif kind == "eval":
+                probe, nones = _probe(entry)
+                probes.append(probe)
+                unjudged += nones
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise _bad(path, error) from error
+    if not version:
+        raise _bad(path, "no 'init' entry")
+    return Dynamic(
+        version=version,
+        complete=complete,
+        attempts=attempts,
+        unjudged=unjudged,
+        broke=Rate.make(
+            sum(probe.broke.count for probe in probes), sum(probe.broke.of for probe in probes)
+        ),
+        probes=tuple(probes),
+    )
+
+
+def _probe(entry: Mapping[str, Any]) -> tuple[Probe, int]:
+    """One probe under one detector, and the answers that have no score."""
+    passed = entry["passed"]
+    judged = entry["total_evaluated"] if "total_evaluated" in entry else entry["total"]
+    counts = (passed, judged, entry.get("nones", 0))
+    if not all(isinstance(count, int) and count >= 0 for count in counts) or passed > judged:
+        raise ValueError(f"the counts {counts} of probe {entry['probe']}")
+    rate = Rate.make(judged - passed, judged)
+    return Probe(probe=entry["probe"], detector=entry["detector"], broke=rate), counts[2]
+
+
+def _bad(path: Path, got: object) -> ReportError:
+    return ReportError(
+        f"garak's report '{path}'",
+        expected="lines of JSON, as garak 0.17 writes them",
+        got=got,
+        fix="Remove it to attack again.",
+    )

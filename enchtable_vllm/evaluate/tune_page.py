@@ -1,0 +1,47 @@
+"""The page of a sweep."""
+
+from __future__ import annotations
+
+from enchtable_vllm.evaluate.page import Html, cell, page, paragraph, table
+from enchtable_vllm.evaluate.report import Rate
+from enchtable_vllm.evaluate.tune_journal import Tuning
+
+
+def tune_page(tuning: Tuning, picture: Html) -> str:
+    """The page's text."""
+    parts = [paragraph(verdict(tuning)), picture]
+    steps = sorted(tuning.steps, key=lambda step: step.beta or 0.0)
+    parts.append(
+        table(
+            ("beta", "unsafe", "utility", "over-refusal"),
+            [
+                (step.name, _rate(step.unsafe), _rate(step.utility), _rate(step.over_refusal))
+                for step in steps
+            ],
+        )
+    )
+    parts.append(
+        paragraph(
+            "Shares with Wilson's 95% interval, on the validation split: measure the proposed "
+            "beta on the test split before you rely on it.",
+            "note",
+        )
+    )
+    return page(f"Beta of {tuning.sweep.safety_vector}", parts)
+
+
+def verdict(tuning: Tuning) -> str:
+    """What is proposed, in a line."""
+    if tuning.proposed is None:
+        return "No beta is within the budget: none is proposed."
+    words = f"Proposed: beta {tuning.proposed:g}, the lowest unsafe rate within the budget."
+    if tuning.alike:
+        others = ", ".join(f"{beta:g}" for beta in tuning.alike)
+        words += f" This sample cannot tell it from beta {others}."
+    return words
+
+
+def _rate(rate: Rate | None) -> Html:
+    if rate is None or rate.share is None:
+        return cell("–")
+    return cell(f"{rate.share:.1%}", f"[{rate.low:.1%}, {rate.high:.1%}] {rate.count}/{rate.of}")

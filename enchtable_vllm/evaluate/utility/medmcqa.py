@@ -1,0 +1,97 @@
+"""Medicine: questions with four choices.
+
+Source: A. Pal et al., "MedMCQA", CHIL 2022. Two forms: the published one (``question``, ``opa``
+to ``opd``, ``cop``), and conversations with an ``ideal`` answer, as collections of evaluations
+keep them. ``cop`` is a letter, or a number from 1 (as first published) or from 0 (as on the Hub):
+which of the two, the whole file tells.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from enchtable_vllm.evaluate.faults import PromptSetError
+from enchtable_vllm.evaluate.report import Verdict
+from enchtable_vllm.evaluate.utility.problems import Carrier, Problem, ProblemSet, read_problems
+
+_CARRIER = Carrier("evals", "evals", "registry/data/medmcqa/samples.jsonl")
+_LETTERS = "ABCD"
+_INSTRUCTION = "Answer with the letter of the right choice."
+_FIRST = re.compile(r"^\W*([A-Da-d])(?:\W|$)")
+_SAID = re.compile(r"(?:answer|option|choice)(?:\s+\w+)?\s*(?:is|:)?\s*\W*([A-Da-d])(?:\W|$)", re.I)
+#: An A before a word is mostly an article.
+_ALONE = re.compile(
+    r"(?:^|[\s(*])([B-D])(?:[\s).:,*]|$)|(?:^|[\s(*])(A)(?:[).:,*]|\s*$)|\b([a-d])\)"
+)
+
+
+def read(file: Path | None) -> ProblemSet:
+    """The problems.
+
+    Raises:
+        PromptSetError: Besides what is wrong with a file: its choices are numbers, and whether
+            they begin at 0 or at 1 cannot be told.
+    """
+    found = read_problems("medmcqa", file, _CARRIER, _understand)
+    numbers = {int(p.key["number"]) for p in found.problems if "number" in p.key}
+    if not numbers:
+        return found
+    if (0 in numbers) == (len(_LETTERS) in numbers):
+        raise PromptSetError(
+            f"problems of medmcqa, {found.source}",
+            expected="right choices that are letters, or numbers from 0 to 3, or from 1 to 4",
+            got=f"the numbers {sorted(numbers)}",
+            fix="Write them as letters.",
+        )
+    first = 0 if 0 in numbers else 1
+    problems = (
+        replace(p, key={"letter": _LETTERS[int(p.key["number"]) - first]})
+        if "number" in p.key
+        else p
+        for p in found.problems
+    )
+    return replace(found, problems=tuple(problems))
+
+
+def mark(problem: Problem, answer: str) -> Verdict:
+    """Whether the letter is the right one."""
+    letter = chosen_letter(answer)
+    if letter is None:
+        return "unparseable"
+    return "correct" if letter == problem.key["letter"] else "wrong"
+
+
+def chosen_letter(text: str) -> str | None:
+    """The choice: the letter it opens with, or is called the answer, or the only one there is."""
+    if (first := _FIRST.search(text)) and not re.match(r"^\W*a\s+\w", text, re.I):  # "A cell ..."
+        return first[1].upper()
+    if said := _SAID.search(text):
+        return said[1].upper()
+    alone = {"".join(groups).upper() for groups in _ALONE.findall(text)}
+    return alone.pop() if len(alone) == 1 else None
+
+
+def _understand(record: Mapping[str, Any], place: int) -> Problem:
+    if "input" in record:
+        turns = [turn["content"] for turn in record["input"] if turn["role"] == "user"]
+        question, right = "\n\n".join(turns), chosen_letter(str(record["ideal"]))
+    else:
+        choices = [record[f"op{letter}"] for letter in "abcd"]
+        lines = [f"{letter}) {choice}" for letter, choice in zip(_LETTERS, choices, strict=True)]
+        question = "\n".join([record["question"], "", *lines])
+        right = str(record["cop"]).strip().upper()
+    if not question.strip():
+        raise ValueError("no question")
+    if right in tuple(_LETTERS):
+        key = {"letter": str(right)}
+    elif right in ("0", "1", "2", "3", "4"):
+        key = {"number": str(right)}
+    else:
+        raise ValueError("no right choice among the four")
+    category = record.get("subject_name", record.get("subject", ""))
+    name = str(record.get("id", f"medmcqa-{place}"))
+    return Problem(name, question, _INSTRUCTION, key, str(category or ""))
