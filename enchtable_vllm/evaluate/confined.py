@@ -4,10 +4,7 @@ Started by `sandbox` as a file, in an isolated interpreter: it imports the stand
 What it gives up it gives up before the first foreign line runs, and cannot take back.
 """
 
-# Before the privileges go: the library may lie where only they reach, and programs want these.
-import bisect  # noqa: F401
 import importlib
-import itertools  # noqa: F401
 import os
 import resource
 import sys

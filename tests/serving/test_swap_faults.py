@@ -147,6 +147,7 @@ def test_where_going_back_fails_too_nothing_is_served_until_it_succeeds(server, 
     assert (server.weights(), server.tokens()) == before
 
 
+@pytest.mark.slow
 def test_what_would_not_fit_into_host_memory_is_refused(root, tmp_path):
     """The bound is the server's own; here the smallest there is."""
     log = tmp_path / "log"
@@ -158,7 +159,7 @@ def test_what_would_not_fit_into_host_memory_is_refused(root, tmp_path):
 
 
 slow = pytest.mark.slow
-PHASES = ["poll", "commit", *(pytest.param(n, marks=slow) for n in ("stage", "publish", "finish"))]
+PHASES = ["commit", *(pytest.param(n, marks=slow) for n in ("stage", "poll", "publish", "finish"))]
 
 
 @pytest.fixture
