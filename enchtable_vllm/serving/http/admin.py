@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
+import logging
 import secrets
 from pathlib import Path
 
@@ -15,13 +16,13 @@ from starlette.requests import Request
 
 from enchtable_vllm import envs
 from enchtable_vllm.errors import ConfigError
-from enchtable_vllm.serving import compat
 from enchtable_vllm.serving.swap.errors import SwapError
 
 HEADER = "X-Enchtable-Admin-Token"
 _LEAST_CHARACTERS = 16
 
-_log = compat.logger("http")
+# What `compat.logger` gives, without importing vLLM.
+_log = logging.getLogger("vllm.enchtable.http")
 
 
 class AdminToken:
@@ -54,7 +55,6 @@ class AdminToken:
         Raises:
             SwapError: The header is missing or wrong.
         """
-        self._warn_of_plain_http(request)
         sent = request.headers.get(HEADER)
         if sent is None:
             raise SwapError(
@@ -62,6 +62,7 @@ class AdminToken:
                 f"header '{HEADER}': expected the admin token, got none",
                 "The API key alone may not change what is served.",
             )
+        self._warn_of_plain_http(request)
         try:
             token = self._read()
         except ConfigError as error:
