@@ -89,12 +89,17 @@ class Prometheus:
         self._process.terminate()
         self._process.wait(30)
 
-    def ask(self, query):
-        """Value of the one series that a query gives; None: it gives none."""
+    def ask_all(self, query):
+        """Values of all series that a query gives."""
         with urlopen(f"{self._url}?{urlencode({'query': query})}", timeout=30) as answer:
             result = json.load(answer)["data"]["result"]
+        return [float(series["value"][1]) for series in result]
+
+    def ask(self, query):
+        """Value of the one series that a query gives; None: it gives none."""
+        result = self.ask_all(query)
         assert len(result) <= 1, result
-        return float(result[0]["value"][1]) if result else None
+        return result[0] if result else None
 
     def ask_until(self, query, value, seconds=60):
         """Ask until the answer is as expected; the last answer."""

@@ -30,7 +30,7 @@ def compare(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
 ) -> None:
-    """Put evaluated models side by side: rates, and whether they differ on the same prompts.
+    """Put evaluated models side by side, with paired significance.
 
     Differences are from the first report, over the prompts that both were asked, with McNemar's
     exact p. Nothing is asked of any server.

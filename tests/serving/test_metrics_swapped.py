@@ -1,9 +1,33 @@
 """Metrics of a server that swaps, as a real Prometheus sees them: one API server, and two."""
 
+import json
+import math
+from pathlib import Path
+
 import httpx
 import pytest
 from live import ADMIN, Live, make_root
 from prometheus import Prometheus, ours, samples
+
+DASHBOARD = Path(__file__).parents[2] / "deploy" / "grafana" / "enchtable.json"
+#: What Grafana puts for its variables.
+VARIABLES = {"$job": ".*", "$instance": ".*", "$__rate_interval": "5m"}
+
+
+def dashboard_queries():
+    """Every query of the Grafana dashboard, as Prometheus gets it."""
+    board = json.loads(DASHBOARD.read_text())
+    queries = [target["expr"] for panel in board["panels"] for target in panel.get("targets", ())]
+    queries += [each["expr"] for each in board["annotations"]["list"]]
+    for name, value in VARIABLES.items():
+        queries = [query.replace(name, value) for query in queries]
+    assert not [query for query in queries if "$" in query]
+    return queries
+
+
+def shows(prometheus, query):
+    """Whether there is something to draw."""
+    return any(not math.isnan(value) for value in prometheus.ask_all(query))
 
 
 def scrape(server):
@@ -25,6 +49,7 @@ def test_what_swaps_do_is_scraped(family, tmp_path, api_servers):
         server.http = httpx.Client(base_url=server.url, timeout=120, limits=alone)
 
         assert prometheus.ask_until('enchtable_active_vector_info{name="sv-a"}', 1) == 1
+        server.tokens()  # for what vLLM's own metrics show
         paused_seconds = 0.0
         targets = [*["sv-b", "@none", "sv-a"] * api_servers, "sv-b"]
         for target in targets:
@@ -87,3 +112,5 @@ def test_what_swaps_do_is_scraped(family, tmp_path, api_servers):
         for name in ("beta", "norm_scale", "merged_bytes"):
             assert shown[f"enchtable_{name}"] == active[name]
         assert not server.lines("could not be set")
+        without = [query for query in dashboard_queries() if not shows(prometheus, query)]
+        assert not without
