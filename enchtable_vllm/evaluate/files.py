@@ -8,10 +8,13 @@ from __future__ import annotations
 import gzip
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from blake3 import blake3
+from filelock import FileLock, Timeout
 from pydantic_core import from_json
 
 from enchtable_vllm.errors import ConfigError
@@ -88,6 +91,30 @@ def write_whole(path: Path, text: str) -> None:
             got=error,
             fix="Make room, or choose another output, and run the same command again.",
         ) from error
+
+
+@contextmanager
+def only_writer(output: Path, doing: str) -> Iterator[None]:
+    """Make a folder, and keep other processes from writing to it meanwhile.
+
+    Raises:
+        ConfigError: One is; ``doing`` says what.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(output / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ConfigError(
+            f"output '{output}'",
+            expected=f"no other process {doing} to the same place",
+            got="one that is",
+            fix="Wait for it, or choose another output.",
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -16,7 +16,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
-from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from enchtable_vllm.errors import ConfigError, EnchTableError
@@ -24,7 +23,7 @@ from enchtable_vllm.evaluate import report
 from enchtable_vllm.evaluate.ask import Server, ask
 from enchtable_vllm.evaluate.baselines import BASELINES, Baseline
 from enchtable_vllm.evaluate.faults import EvaluationError
-from enchtable_vllm.evaluate.files import digest_of, write_whole
+from enchtable_vllm.evaluate.files import digest_of, only_writer, write_whole
 from enchtable_vllm.evaluate.jobs import Job, Wanted, make_jobs
 from enchtable_vllm.evaluate.judge import Judge
 from enchtable_vllm.evaluate.report import (
@@ -109,21 +108,8 @@ def evaluate(evaluation: Evaluation, output: Path, progress: Progress) -> Report
             serve something else.
         ServerRefused, Unreachable: The server did not say what it serves.
     """
-    output.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(output / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise ConfigError(
-            f"output '{output}'",
-            expected="no other process evaluating to the same place",
-            got="one that is",
-            fix="Wait for it, or choose another output.",
-        ) from error
-    try:
+    with only_writer(output, "evaluating"):
         return _evaluate(evaluation, output, progress)
-    finally:
-        lock.release()
 
 
 def what_is_asked(evaluation: Evaluation) -> str:

@@ -14,13 +14,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
-from enchtable_vllm.errors import ConfigError, EnchTableError, MismatchError
+from enchtable_vllm.errors import EnchTableError, MismatchError
 from enchtable_vllm.evaluate.compare import compare
 from enchtable_vllm.evaluate.curve import svg
 from enchtable_vllm.evaluate.faults import EvaluationError
-from enchtable_vllm.evaluate.files import write_whole
+from enchtable_vllm.evaluate.files import only_writer, write_whole
 from enchtable_vllm.evaluate.report import Report, read_report
 from enchtable_vllm.evaluate.tune_choice import Budget, Step, next_beta, propose
 from enchtable_vllm.evaluate.tune_journal import Sweep, Tuning, read_tuning, write_tuning
@@ -73,18 +71,7 @@ def tune(wanted: Tune, output: Path) -> Tuning:
         NotAsAsked: Somebody else changes the server.
         EvaluationError: A step did not come to its end, or the server could not be given back.
     """
-    output.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(output / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise ConfigError(
-            f"output '{output}'",
-            expected="no other process sweeping to the same place",
-            got="one that is",
-            fix="Wait for it, or choose another output.",
-        ) from error
-    try:
+    with only_writer(output, "sweeping"):
         tuning = _begin(wanted, output)
         try:
             _sweep(wanted, tuning, output)
@@ -98,8 +85,6 @@ def tune(wanted: Tune, output: Path) -> Tuning:
             if not tuning.restored:
                 _give_back(wanted, tuning, output)
         return tuning
-    finally:
-        lock.release()
 
 
 def _begin(wanted: Tune, output: Path) -> Tuning:
