@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import re
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -172,6 +176,61 @@ class Live(Server):
         response = self.http.post("/v1/completions", json=body)
         assert response.status_code == 200, response.text
         return response
+
+    def begin(self, pool, requests):
+        """Begin requests that take seconds; their futures, once the engines work on them all."""
+
+        def one():
+            return self.complete(max_tokens=480, ignore_eos=True, n=8, temperature=1.0)
+
+        def tokens():
+            text = self.http.get("/metrics").text
+            return sum(map(float, re.findall(r"^vllm:prompt_tokens_total\S* (\S+)", text, re.M)))
+
+        wanted = tokens() + requests * 8 * 5
+        begun = [pool.submit(one) for _ in range(requests)]
+        deadline = time.monotonic() + 60
+        while (now := tokens()) < wanted:
+            assert time.monotonic() < deadline, f"only {now} of {wanted} tokens were read"
+            time.sleep(0.02)
+        return begun
+
+    @contextlib.contextmanager
+    def held(self, fault, *arguments, **options):
+        """A swap that waits, staged, for the end of the block; its answer comes after.
+
+        Args:
+            fault: The file that the server's planted faults are read from.
+            arguments: Those of `swap`.
+            options: Those of `swap`.
+        """
+        fault.write_text(json.dumps({"command": "poll", "do": "hold"}))
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(self.swap, *arguments, **options)
+            try:
+                deadline = time.monotonic() + 60
+                while self.status()["state"] != "swapping":
+                    assert not answer.done(), answer.result()
+                    assert time.monotonic() < deadline
+                    time.sleep(0.02)
+                yield answer
+            finally:
+                fault.unlink()
+
+    def swapped_once(self, fault, name, *, clients):
+        """Of this many swaps at once one wins, and the others are told at once, while it holds."""
+        fault.write_text(json.dumps({"command": "poll", "do": "hold"}))
+        with ThreadPoolExecutor(clients) as pool:
+            answers = as_completed(pool.submit(self.swap, name) for _ in range(clients))
+            try:
+                refused = [next(answers).result() for _ in range(clients - 1)]
+            finally:
+                fault.unlink()
+            ((answered, document),) = (answer.result() for answer in answers)
+        assert [(code, d["error"]["code"]) for code, d in refused] == [
+            (409, "swap_in_progress")
+        ] * (clients - 1)
+        assert (answered, document["outcome"]) == (200, "swapped")
 
     def tokens(self, **options):
         return self.complete(**options).json()["choices"][0]["token_ids"]

@@ -1,7 +1,6 @@
 """Two data-parallel engines and two API servers behind one URL: they swap as one server does."""
 
 import json
-from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import live
@@ -102,11 +101,7 @@ def test_an_engine_that_cannot_stage_is_known_before_anything_is_touched(server,
 
 
 def test_of_two_at_once_one_wins(server, fault):
-    fault.write_text(json.dumps({"command": "stage", "do": "sleep", "seconds": 2.0}))
-    with ThreadPoolExecutor(6) as pool:
-        answers = list(pool.map(lambda _: server.swap("sv-b"), range(6)))
-    codes = sorted(answer[1].get("outcome") or answer[1]["error"]["code"] for answer in answers)
-    assert codes == ["swap_in_progress"] * 5 + ["swapped"]
+    server.swapped_once(fault, "sv-b", clients=6)
 
 
 def test_what_all_engines_of_the_machine_stage_counts(server):

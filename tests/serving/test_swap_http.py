@@ -2,7 +2,6 @@
 
 import json
 import re
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -214,24 +213,18 @@ def test_vectors(server):
 
 def test_of_two_at_once_one_wins_whichever_server_they_ask(server, fault):
     """Two API servers have no lock between them: it is on the ranks."""
-    fault.write_text(json.dumps({"command": "stage", "do": "sleep", "seconds": SLOWLY}))
-    with ThreadPoolExecutor(6) as pool:
-        answers = list(pool.map(lambda _: server.swap("sv-b"), range(6)))
-    codes = sorted(answer[1].get("outcome") or answer[1]["error"]["code"] for answer in answers)
-    assert codes == ["swap_in_progress"] * 5 + ["swapped"]
+    server.swapped_once(fault, "sv-b", clients=6)
     assert server.status()["active"]["safety_vector"] == "sv-b"
 
 
 def test_serving_goes_on_while_a_vector_is_staged(server, fault):
-    fault.write_text(json.dumps({"command": "stage", "do": "sleep", "seconds": SLOWLY}))
-    with ThreadPoolExecutor(1) as pool:
-        swap = pool.submit(server.swapped, "sv-b")
-        time.sleep(0.5)
-        started = time.monotonic()
-        server.complete()
-        assert time.monotonic() - started < SLOWLY - 1
+    tokens = server.tokens()
+    with server.held(fault, "sv-b") as swap:
+        assert server.tokens() == tokens
         assert not swap.done()
-        assert swap.result()["paused_seconds"] < SLOWLY / 2
+    answered, answer = swap.result()
+    assert (answered, answer["outcome"]) == (200, "swapped")
+    assert server.tokens() != tokens
 
 
 def test_staging_that_takes_too_long_is_given_up(server, fault):
@@ -246,64 +239,42 @@ def test_staging_that_takes_too_long_is_given_up(server, fault):
 
 
 def test_a_client_that_goes_away_does_not_stop_a_swap(server, fault):
-    fault.write_text(json.dumps({"command": "stage", "do": "sleep", "seconds": SLOWLY}))
+    fault.write_text(json.dumps({"command": "poll", "do": "hold"}))
     body = {"safety_vector": "sv-b"}
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(
             f"{server.url}/v1/enchtable/swap", json=body, headers=KEY | live.ADMIN, timeout=0.5
         )
+    assert server.status()["state"] == "swapping"
+    fault.unlink()
     deadline = time.monotonic() + 60
-    while server.status()["active"]["safety_vector"] != "sv-b":
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
     while server.status()["state"] != "serving":
+        assert time.monotonic() < deadline
         time.sleep(0.1)
+    assert server.status()["active"]["safety_vector"] == "sv-b"
     assert server.status()["swaps"][0]["outcome"] == "swapped"
 
 
 @pytest.mark.parametrize("pause", ["keep", "wait", "abort"])
-def test_running_requests(server, pause):
+def test_running_requests(server, fault, pause):
     """Kept and waited for they end as they would; aborted they say so."""
-    reasons = []
-
-    def run():
-        many = {"n": 8, "temperature": 1.0}  # so that it takes long enough
-        answer = server.complete(max_tokens=480, ignore_eos=True, **many).json()
-        reasons.append(answer["choices"][0]["finish_reason"])
-
-    threads = [threading.Thread(target=run) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    time.sleep(0.2)
-    server.swapped("sv-b", pause=pause)
-    for thread in threads:
-        thread.join()
-    if pause == "abort":  # of those that had reached the engine by then
-        assert "abort" in reasons
-        assert set(reasons) <= {"abort", "length"}
-    else:
-        assert reasons == ["length"] * 3
+    with ThreadPoolExecutor(3) as pool:
+        with server.held(fault, "sv-b", pause=pause) as swap:
+            running = server.begin(pool, 3)
+        assert swap.result()[0] == 200
+        reasons = [r.result().json()["choices"][0]["finish_reason"] for r in running]
+    assert reasons == ["abort" if pause == "abort" else "length"] * 3
 
 
-def test_an_answer_tells_the_version_it_ended_with(server):
+def test_an_answer_tells_the_version_it_ended_with(server, fault):
     name = "X-Enchtable-Version"
     version = server.status()["weight_version"]
     assert server.complete().headers[name] == version
-    started = threading.Event()
-    kept = []
-
-    def run():
-        started.set()
-        many = {"n": 8, "temperature": 1.0}  # so that it takes long enough
-        kept.append(server.complete(max_tokens=480, ignore_eos=True, **many).headers[name])
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    started.wait()
-    time.sleep(0.1)
-    after = server.swapped("sv-b")["weight_version"]
-    thread.join()
-    assert kept == [after]
+    with ThreadPoolExecutor(1) as pool:
+        with server.held(fault, "sv-b") as swap:
+            (running,) = server.begin(pool, 1)
+        after = swap.result()[1]["weight_version"]
+        assert running.result().headers[name] == after
     assert server.complete().headers[name] == after != version
 
 

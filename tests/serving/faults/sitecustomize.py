@@ -8,6 +8,7 @@ Without the file nothing happens.
 ``lie``: the command answers with another digest. ``raise``: it fails before it does anything;
 ``throw``: so does an exception that nobody foresaw.
 ``sleep``: it takes ``seconds`` longer; of ``stage``, in its thread. ``exit``: the process is gone.
+``hold``, of ``poll``: it answers that nothing is staged yet, until the file is gone.
 """
 
 import importlib.abc
@@ -62,6 +63,8 @@ def install(module):
             found = answer(self, command, arguments)
         finally:
             breaks.clear()
+        if do == "hold":
+            return {**found, "staged": False}
         return {**found, "digest": "blake3:0"} if do == "lie" else found
 
     def throwing(command, method):
