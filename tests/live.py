@@ -177,11 +177,11 @@ class Live(Server):
         assert response.status_code == 200, response.text
         return response
 
-    def begin(self, pool, requests):
+    def begin(self, pool, requests, *, max_tokens=480):
         """Begin requests that take seconds; their futures, once the engines work on them all."""
 
         def one():
-            return self.complete(max_tokens=480, ignore_eos=True, n=8, temperature=1.0)
+            return self.complete(max_tokens=max_tokens, ignore_eos=True, n=8, temperature=1.0)
 
         def tokens():
             text = self.http.get("/metrics").text

@@ -29,7 +29,7 @@ def tiny_llama(folder: Path, *, tied: bool = False, vocabulary: int = 512, seed:
         num_attention_heads=8,
         num_key_value_heads=4,
         head_dim=32,
-        max_position_embeddings=512,
+        max_position_embeddings=4096,
         tie_word_embeddings=tied,
         bos_token_id=1,
         eos_token_id=2,

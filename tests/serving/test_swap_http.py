@@ -10,6 +10,7 @@ import live
 import pytest
 
 SLOWLY = 3.0
+OUTLASTING = 2000  # tokens of which no machine is so fast that a swap did not come in between
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,10 @@ def server(root, fault, tmp_path_factory):
     """With an API key, an admin token, and two API servers before one engine."""
     variables = {"PYTHONPATH": str(live.FAULTS), "ENCHTABLE_TEST_FAULT": str(fault)}
     log = tmp_path_factory.mktemp("log") / "log"
-    arguments = ("--enforce-eager", "--api-server-count", "2", "--api-key", "inference-key")
+    arguments = (
+        "--enforce-eager", "--api-server-count", "2", "--api-key", "inference-key",
+        "--max-model-len", str(OUTLASTING + 8),
+    )  # fmt: skip
     with live.Live(root, log, *arguments, variables=variables) as server:
         server.http.headers["Authorization"] = "Bearer inference-key"
         yield server
@@ -260,7 +264,8 @@ def test_running_requests(server, fault, pause):
     """Kept and waited for they end as they would; aborted they say so."""
     with ThreadPoolExecutor(3) as pool:
         with server.held(fault, "sv-b", pause=pause) as swap:
-            running = server.begin(pool, 3)
+            tokens = OUTLASTING if pause == "abort" else 480
+            running = server.begin(pool, 3, max_tokens=tokens)
         assert swap.result()[0] == 200
         reasons = [r.result().json()["choices"][0]["finish_reason"] for r in running]
     assert reasons == ["abort" if pause == "abort" else "length"] * 3
@@ -272,7 +277,7 @@ def test_an_answer_tells_the_version_it_ended_with(server, fault):
     assert server.complete().headers[name] == version
     with ThreadPoolExecutor(1) as pool:
         with server.held(fault, "sv-b") as swap:
-            (running,) = server.begin(pool, 1)
+            (running,) = server.begin(pool, 1, max_tokens=OUTLASTING)
         after = swap.result()[1]["weight_version"]
         assert running.result().headers[name] == after
     assert server.complete().headers[name] == after != version
