@@ -21,6 +21,7 @@ ORDER = [
     "fleet",
     "serving",
     "merge",
+    "signing",
     "plan",
     "vector",
     "checkpoint",

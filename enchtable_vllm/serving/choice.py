@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from enchtable_vllm.checkpoint.location import on_hub
-from enchtable_vllm.errors import ConfigError, UnknownVectorError
+from enchtable_vllm.errors import ConfigError, SignatureError, UnknownVectorError
 from enchtable_vllm.plan.vector_root import (
     CURRENT,
     CURRENT_FILE,
@@ -33,6 +33,16 @@ class Choice:
 
     name: str | None
     config: LoaderConfig | None
+
+    def verified(self) -> Choice:
+        """The same, of what is served: its signature was verified when it came.
+
+        What is read again must be that very vector and plan, digest by digest, whoever signed it;
+        so a key that is not trusted any more is no reason to stay with what it signed.
+        """
+        if self.config is None:
+            return self
+        return Choice(self.name, self.config.model_copy(update={"require_signature": None}))
 
 
 def choose_at_start(start: LoaderConfig, task: OpenTask) -> Choice:
@@ -63,8 +73,11 @@ def choose(start: LoaderConfig, asked: str, beta: float | None, task: OpenTask) 
 
     Raises:
         UnknownVectorError: Neither the root nor the allowed repositories hold it.
+        SignatureError: It asks for what nobody can have signed.
         EnchTableError: As `choose_at_start`.
     """
+    if start.require_signature is not None:
+        _refuse_unsignable(asked, beta)
     if asked == NO_VECTOR:
         return Choice(NO_VECTOR, None)
     if asked == CURRENT:
@@ -80,6 +93,18 @@ def choose(start: LoaderConfig, asked: str, beta: float | None, task: OpenTask) 
         got="neither",
         fix="Start the server with a folder of vectors that it may swap in.",
     )
+
+
+def _refuse_unsignable(asked: str, beta: float | None) -> None:
+    """No vector, or next to none of it, is what whoever may not sign must not be able to serve."""
+    if asked == NO_VECTOR or beta is not None:
+        raise SignatureError(
+            f"safety vector '{asked}'" + ("" if beta is None else f" with beta {beta}"),
+            expected="what was signed, because this server has 'require_signature': a vector "
+            "with its plan's own beta",
+            got="no vector" if asked == NO_VECTOR else "another beta",
+            fix="Name a signed vector and no beta; another beta is another plan, to be signed.",
+        )
 
 
 def _current(start: LoaderConfig, task: OpenTask) -> Choice:
