@@ -97,6 +97,10 @@ class ServerMetrics:
         self._unmerged = gauge(
             "enchtable_unmerged", "Whether the task model is served without a safety vector."
         )
+        self._signed = gauge(
+            "enchtable_signed",
+            "Whether the vector and plan in force are signed as 'require_signature' demands.",
+        )
         self._differs = gauge(
             "enchtable_desired_differs",
             "Whether another vector or beta is served than the vector root's current.json asks.",
@@ -192,6 +196,7 @@ class ServerMetrics:
         self._epoch.set(epoch)
         self._ready.set(bool(status["ready"]))
         self._unmerged.set(not merged)
+        self._signed.set(active.get("signed_by") is not None)
         self._differs.set(status.get("as_desired") is False)
         self._disagreeing.set(status.get("disagreeing") or 0)
         for fate in ("merged", "kept", "filtered", "refused"):

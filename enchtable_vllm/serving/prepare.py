@@ -34,7 +34,7 @@ from enchtable_vllm.plan.cache import cached_plan
 from enchtable_vllm.plan.merge_plan import MASKS_STEM
 from enchtable_vllm.progress import Progress, silent
 from enchtable_vllm.serving.config import LoaderConfig
-from enchtable_vllm.signing import read_signature
+from enchtable_vllm.signing import open_signed
 from enchtable_vllm.vector import SafetyVector
 from enchtable_vllm.vector.safety_vector import VECTOR_PATTERNS
 
@@ -147,11 +147,8 @@ def prepare(
         plan, data = read_plan_bytes(path)
         digest = plan_digest(data)
         location = _locate_vector(config, plan, path, task.cache_dir)
-        if config.require_signature is None:
-            vector = SafetyVector(location)
-        else:
-            signature = read_signature(location, config.require_signature)
-            vector = SafetyVector(location, vouch=signature.vouch)
+        vector, signature = open_signed(location, config.require_signature)
+        if signature is not None:
             signature.vouch_plan(path, data)
             signed_by = signature.signed_by
         masks = open_masks(plan, path)

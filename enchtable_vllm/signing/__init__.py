@@ -8,13 +8,19 @@ extra: it is imported when a signature is asked for, and not before.
 
 from enchtable_vllm.signing.folder import check_folder
 from enchtable_vllm.signing.requirement import Requirement, parse_requirement
-from enchtable_vllm.signing.signature import SIGNATURE_FILE, VectorSignature, read_signature
+from enchtable_vllm.signing.signature import (
+    SIGNATURE_FILE,
+    VectorSignature,
+    open_signed,
+    read_signature,
+)
 
 __all__ = [
     "SIGNATURE_FILE",
     "Requirement",
     "VectorSignature",
     "check_folder",
+    "open_signed",
     "parse_requirement",
     "read_signature",
 ]

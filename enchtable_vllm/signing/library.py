@@ -48,10 +48,20 @@ class Verified:
     digests: dict[str, tuple[str, str]]
 
 
-Check = Callable[[bytes], Verified]
+@dataclass(frozen=True)
+class Verifier:
+    """Verifies signatures for one requirement.
+
+    Attributes:
+        accepts: Whose, for people.
+        check: Takes a signature's bytes; raises `NotVerifiedError`.
+    """
+
+    accepts: str
+    check: Callable[[bytes], Verified]
 
 
-def verifier(requirement: Requirement) -> Check:
+def verifier(requirement: Requirement) -> Verifier:
     """What verifies signatures for a requirement; everything it names has been read.
 
     Raises:
@@ -59,7 +69,7 @@ def verifier(requirement: Requirement) -> Check:
     """
     match requirement:
         case RequireKey():
-            return _any_of([_with_key(path) for path in requirement.public_key])
+            return _any_of([_with_key(path) for path in requirement.files])
         case RequireCertificate():
             return _with_certificate(requirement)
         case RequireSigstore():
@@ -99,19 +109,19 @@ def key_fingerprint(pem: bytes) -> str:
     return f"sha256:{hashlib.sha256(der).hexdigest()}"
 
 
-def _with_key(path: str) -> Check:
+def _with_key(path: Path) -> Verifier:
     signing = import_library()
     with _usable(f"{_OPTION}, public key '{path}'", "a PEM file with an ECDSA public key"):
-        pem = Path(path).expanduser().read_bytes()
-        fingerprint = key_fingerprint(pem)
+        pem = path.read_bytes()
+        name = f"key {key_fingerprint(pem)}"
         with _as_file(pem) as copy:
             config = signing.verifying.Config().use_elliptic_key_verifier(public_key=copy)
-    return lambda data: _verified(config, _bundle(data), lambda _: f"key {fingerprint}")
+    return Verifier(name, lambda data: _verified(config, _bundle(data), lambda _: name))
 
 
-def _with_certificate(requirement: RequireCertificate) -> Check:
+def _with_certificate(requirement: RequireCertificate) -> Verifier:
     signing = import_library()
-    paths = [Path(path).expanduser() for path in requirement.certificate_chain]
+    paths = requirement.files
     names = ", ".join(f"'{path}'" for path in paths)
     with _usable(f"{_OPTION}, certificates {names}", "PEM files with certificates"):
         config = signing.verifying.Config().use_certificate_verifier(certificate_chain=paths)
@@ -122,39 +132,42 @@ def _with_certificate(requirement: RequireCertificate) -> Check:
 
         chain = bundle.bundle.verification_material.x509_certificate_chain.certificates
         certificate = x509.load_der_x509_certificate(chain[0].raw_bytes)
-        if requirement.identity not in (names := _names(certificate)):
-            raise NotVerifiedError(f"the certificate of {names}, not of '{requirement.identity}'")
+        if requirement.identity not in (found := _names(certificate)):
+            raise NotVerifiedError(f"the certificate of {found}, not of '{requirement.identity}'")
         fingerprint = certificate.fingerprint(hashes.SHA256()).hex()
         return f"certificate {requirement.identity} (sha256:{fingerprint})"
 
-    return lambda data: _verified(config, _bundle(data), signer)
+    accepts = f"certificate {requirement.identity}, vouched for by {names}"
+    return Verifier(accepts, lambda data: _verified(config, _bundle(data), signer))
 
 
-def _with_sigstore(requirement: RequireSigstore) -> Check:
+def _with_sigstore(requirement: RequireSigstore) -> Verifier:
     signing = import_library()
-    path = requirement.trust_config
+    path = next(iter(requirement.files), None)
     subject = f"{_OPTION}, " + (f"trust_config '{path}'" if path else "Sigstore's public instance")
     with _usable(subject, "a trust configuration: a file, or the network to fetch it"):
         config = signing.verifying.Config().use_sigstore_verifier(
             identity=requirement.identity,
             oidc_issuer=requirement.identity_provider,
-            trust_config=None if path is None else Path(path).expanduser(),
+            trust_config=path,
         )
     name = f"sigstore {requirement.identity} ({requirement.identity_provider})"
-    return lambda data: _verified(config, _bundle(data, sigstore=True), lambda _: name)
+    return Verifier(
+        name, lambda data: _verified(config, _bundle(data, sigstore=True), lambda _: name)
+    )
 
 
-def _any_of(checks: Sequence[Check]) -> Check:
+def _any_of(verifiers: Sequence[Verifier]) -> Verifier:
     def check(data: bytes) -> Verified:
         reasons = []
-        for one in checks:
+        for one in verifiers:
             try:
-                return one(data)
+                return one.check(data)
             except NotVerifiedError as error:
                 reasons.append(str(error))
         raise NotVerifiedError(reasons[0] if len(reasons) == 1 else summarize_faults(reasons))
 
-    return check
+    return Verifier(" or ".join(one.accepts for one in verifiers), check)
 
 
 def _bundle(data: bytes, *, sigstore: bool = False) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
@@ -35,6 +36,11 @@ class RequireKey(_Requirement):
     method: Literal["key"]
     public_key: Paths
 
+    @property
+    def files(self) -> list[Path]:
+        """What decides who may sign: the files that it names."""
+        return [Path(path).expanduser() for path in self.public_key]
+
 
 class RequireCertificate(_Requirement):
     """A signature by the holder of a certificate.
@@ -51,6 +57,11 @@ class RequireCertificate(_Requirement):
     certificate_chain: Paths
     identity: Text
 
+    @property
+    def files(self) -> list[Path]:
+        """As `RequireKey.files`."""
+        return [Path(path).expanduser() for path in self.certificate_chain]
+
 
 class RequireSigstore(_Requirement):
     """A signature by an identity that Sigstore attests.
@@ -66,6 +77,11 @@ class RequireSigstore(_Requirement):
     identity: Text
     identity_provider: Text
     trust_config: Text | None = None
+
+    @property
+    def files(self) -> list[Path]:
+        """As `RequireKey.files`."""
+        return [] if self.trust_config is None else [Path(self.trust_config).expanduser()]
 
 
 Requirement = Annotated[

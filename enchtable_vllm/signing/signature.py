@@ -23,6 +23,7 @@ from enchtable_vllm.errors import SignatureError
 from enchtable_vllm.plan.vector_root import PLANS_FOLDER
 from enchtable_vllm.signing.library import NotVerifiedError, verifier
 from enchtable_vllm.signing.requirement import Requirement
+from enchtable_vllm.vector import SafetyVector
 
 #: Beside the manifest, and fetched with it.
 SIGNATURE_FILE = "safety_vector.sig"
@@ -102,13 +103,13 @@ def read_signature(location: Location, requirement: Requirement) -> VectorSignat
         ConfigError: The requirement's key or certificates cannot be used.
         SignatureError: There is none, or it is not by whom it must be.
     """
-    check = verifier(requirement)
+    required = verifier(requirement)
     what = f"safety vector '{location}'"
     try:
         path = location.path / SIGNATURE_FILE
         if not is_there(path):
             raise NotVerifiedError(f"none: there is no '{SIGNATURE_FILE}'")
-        found = check(read_json(path)[1])
+        found = required.check(read_json(path)[1])
         if not found.by_file:
             raise NotVerifiedError("one of shards of files: sign whole files")
         if unknown := {algorithm for algorithm, _ in found.digests.values()} - HASHES.keys():
@@ -116,18 +117,26 @@ def read_signature(location: Location, requirement: Requirement) -> VectorSignat
     except (NotVerifiedError, OSError, ValueError) as error:
         raise SignatureError(
             what,
-            expected=f"a signature by {_wanted(requirement)}",
+            expected=f"a signature by {required.accepts}",
             got=error,
             fix=f"Do not serve it. If it is yours: {SIGN_AGAIN}",
         ) from error
     return VectorSignature(what, found.signed_by, found.digests)
 
 
+def open_signed(
+    location: Location, requirement: Requirement | None
+) -> tuple[SafetyVector, VectorSignature | None]:
+    """A vector, whose manifest is the one that was signed, where a signature is required.
+
+    Raises:
+        EnchTableError: As `read_signature`, `VectorSignature.vouch` and `SafetyVector`.
+    """
+    if requirement is None:
+        return SafetyVector(location), None
+    signature = read_signature(location, requirement)
+    return SafetyVector(location, vouch=signature.vouch), signature
+
+
 def _digest(algorithm: str, data: bytes) -> str:
     return str(HASHES[algorithm](data).hexdigest())
-
-
-def _wanted(requirement: Requirement) -> str:
-    if requirement.method == "key":
-        return f"the key {' or '.join(map(repr, requirement.public_key))}"
-    return f"'{requirement.identity}' ({requirement.method})"

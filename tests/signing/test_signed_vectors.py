@@ -17,6 +17,7 @@ from enchtable_vllm.errors import ConfigError, EnchTableError
 from enchtable_vllm.serving.choice import choose, choose_at_start
 from enchtable_vllm.serving.config import LoaderConfig
 from enchtable_vllm.serving.prepare import open_task
+from enchtable_vllm.signing import signature
 from enchtable_vllm.vector import build_vector
 
 
@@ -94,23 +95,23 @@ def plan_added(root, _):
 def rebuilt(root, _):
     """Another vector, whole and with its own plan, under the signature of the first."""
     vector = root.path / "sv"
-    signature = (vector / SIGNATURE).read_bytes()
+    kept = (vector / SIGNATURE).read_bytes()
     shutil.rmtree(vector)
     family = root.family
     build_vector(locate(family.aligned), locate(family.surrogate), vector, dtype="fp32")
     live.add_plan(root, "sv")
-    (vector / SIGNATURE).write_bytes(signature)
+    (vector / SIGNATURE).write_bytes(kept)
     return "file 'safety_vector.json'", "another of this name"
 
 
 def unsigned(root, _):
     (root.path / "sv" / SIGNATURE).unlink()
-    return "a signature by the key", "none"
+    return "a signature by key sha256:", "none"
 
 
 def by_another(root, keys):
     keys["theirs"].sign(root.path / "sv")
-    return "a signature by the key", "Key mismatch"
+    return "a signature by key sha256:", "Key mismatch"
 
 
 def truncated(root, _):
@@ -121,7 +122,7 @@ def truncated(root, _):
 
 def empty(root, _):
     (root.path / "sv" / SIGNATURE).write_bytes(b"")
-    return ("a signature by the key",)
+    return ("a signature by key sha256:",)
 
 
 def no_bundle(root, _):
@@ -268,16 +269,14 @@ def test_written_to_after_verification(root, keys, tmp_path):
 
 def test_between_the_signature_and_the_manifest(root, keys, monkeypatch):
     """A folder that is exchanged for another whole one after its signature was verified."""
-    import enchtable_vllm.serving.prepare as module
-
-    real = module.read_signature
+    real = signature.read_signature
 
     def exchanging(*arguments):
-        signature = real(*arguments)
+        verified = real(*arguments)
         rebuilt(root, keys)
-        return signature
+        return verified
 
-    monkeypatch.setattr(module, "read_signature", exchanging)
+    monkeypatch.setattr(signature, "read_signature", exchanging)
     refused(lambda: prepared(root, keys["ours"].required), "safety_vector.json")
 
 
