@@ -7,6 +7,7 @@ from pathlib import Path
 
 from enchtable_vllm.checkpoint.location import on_hub
 from enchtable_vllm.errors import ConfigError, SignatureError, UnknownVectorError
+from enchtable_vllm.plan import read_plan
 from enchtable_vllm.plan.vector_root import (
     CURRENT,
     CURRENT_FILE,
@@ -76,16 +77,17 @@ def choose(start: LoaderConfig, asked: str, beta: float | None, task: OpenTask) 
         SignatureError: It asks for what nobody can have signed.
         EnchTableError: As `choose_at_start`.
     """
-    if start.require_signature is not None:
-        _refuse_unsignable(asked, beta)
-    if asked == NO_VECTOR:
-        return Choice(NO_VECTOR, None)
     if asked == CURRENT:
         return _current(start, task)
-    if asked in start.allowed_repositories:
-        return _from_hub(start, asked, beta, task)
-    if start.vector_root is not None:
-        return _from_root(start, asked, beta, task)
+    signed_only = start.require_signature is not None
+    if asked == NO_VECTOR:
+        if signed_only:
+            raise _unsignable(asked, "no vector")
+        return Choice(NO_VECTOR, None)
+    if asked in start.allowed_repositories or start.vector_root is not None:
+        find = _from_hub if asked in start.allowed_repositories else _from_root
+        choice = find(start, asked, beta, task)
+        return _with_own_beta(choice) if signed_only else choice
     raise UnknownVectorError(
         f"safety vector '{asked}'",
         expected=f"one of {start.allowed_repositories}, or a 'vector_root' in "
@@ -95,16 +97,29 @@ def choose(start: LoaderConfig, asked: str, beta: float | None, task: OpenTask) 
     )
 
 
-def _refuse_unsignable(asked: str, beta: float | None) -> None:
-    """No vector, or next to none of it, is what whoever may not sign must not be able to serve."""
-    if asked == NO_VECTOR or beta is not None:
-        raise SignatureError(
-            f"safety vector '{asked}'" + ("" if beta is None else f" with beta {beta}"),
-            expected="what was signed, because this server has 'require_signature': a vector "
-            "with its plan's own beta",
-            got="no vector" if asked == NO_VECTOR else "another beta",
-            fix="Name a signed vector and no beta; another beta is another plan, to be signed.",
-        )
+def _with_own_beta(choice: Choice) -> Choice:
+    """The same, with the β of the plan that will be verified, and no other.
+
+    A β next to nothing serves next to no vector, which whoever may not sign must not be able to.
+    """
+    assert choice.config is not None
+    assert choice.config.merge_plan is not None  # a plan that is computed cannot have been signed
+    beta = choice.config.beta
+    if beta is None:
+        return choice
+    own = read_plan(Path(choice.config.merge_plan))[0].beta
+    if beta != own:
+        raise _unsignable(f"{choice.name}' with beta '{beta}", f"a plan with beta {own}")
+    return Choice(choice.name, choice.config.model_copy(update={"beta": None}))
+
+
+def _unsignable(asked: str, got: str) -> SignatureError:
+    return SignatureError(
+        f"safety vector '{asked}'",
+        expected="what was signed, as 'require_signature' demands: a vector with its plan's beta",
+        got=got,
+        fix="Name a signed vector; another beta is another plan, to be made and signed.",
+    )
 
 
 def _current(start: LoaderConfig, task: OpenTask) -> Choice:

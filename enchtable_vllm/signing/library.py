@@ -250,4 +250,5 @@ def _as_file(data: bytes) -> Iterator[Path]:
 
 
 def _told(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    said = str(error).strip(" .\n")
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__

@@ -28,7 +28,7 @@ from enchtable_vllm.vector import SafetyVector
 #: Beside the manifest, and fetched with it.
 SIGNATURE_FILE = "safety_vector.sig"
 
-SIGN_AGAIN = "Have it signed again with 'enchtable vector sign', after review."
+SIGN_AGAIN = "sign it again with 'enchtable vector sign', after review."
 #: What a signature may name its digests by.
 HASHES: dict[str, Callable[..., Any]] = {"sha256": hashlib.sha256, "blake3": blake3}
 
@@ -83,7 +83,7 @@ class VectorSignature:
                 f"merge plan '{path}' of {self.what}",
                 expected="a plan that was signed with its vector",
                 got="one that was added or changed since, or never was in the vector's folder",
-                fix=f"Put it into the vector's folder, under plans/. {SIGN_AGAIN}",
+                fix=f"Put it into the vector's folder, under plans/, and {SIGN_AGAIN}",
             )
 
 

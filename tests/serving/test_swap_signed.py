@@ -68,7 +68,7 @@ def test_only_what_is_signed_is_served(server, root, keys, trusted):
     for name, options, said in (
         ("sv-b", {}, f"expected a signature by {ours}, got none"),
         ("sv-ffn", {}, "Key mismatch"),
-        ("sv-q", {"beta": 1e-9}, "another beta"),
+        ("sv-q", {"beta": 1e-9}, "a plan with beta 0.5"),
         ("@none", {}, "no vector"),
         ("@current", {}, "no vector"),
         ("sv-b", {"dry_run": True}, "got none"),
@@ -81,7 +81,7 @@ def test_only_what_is_signed_is_served(server, root, keys, trusted):
     assert "a signature by" in told["sv-b"]["fault"]
 
     # What is signed is.
-    server.swapped("sv-q")
+    server.swapped("sv-q", beta=0.5)  # which is its plan's own
     second = served(server)
     assert second[0]["active"]["signed_by"] == ours
     assert second[1] != weights

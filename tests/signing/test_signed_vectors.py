@@ -290,9 +290,10 @@ def test_what_nobody_can_have_signed(root, keys):
         }
     )
     task = open_task(config, str(root.family.task), None, None)
-    assert choose(config, "sv", None, task).config is not None
+    assert choose(config, "sv", None, task).config.beta is None
+    assert choose(config, "sv", 0.5, task).config.beta is None  # the plan's own, said aloud
     refused(lambda: choose(config, "@none", None, task), "no vector")
-    refused(lambda: choose(config, "sv", 1e-9, task), "another beta")
+    refused(lambda: choose(config, "sv", 1e-9, task), "a plan with beta 0.5")
     current = {"version": 1, "safety_vector": "@none", "updated": ""}
     (root.path / "current.json").write_text(json.dumps(current))
     refused(lambda: choose_at_start(config, task), "no vector")
@@ -300,7 +301,7 @@ def test_what_nobody_can_have_signed(root, keys):
     (root.path / "current.json").write_text(
         json.dumps(current | {"safety_vector": "sv", "beta": 1e-9})
     )
-    refused(lambda: choose_at_start(config, task), "another beta")
+    refused(lambda: choose_at_start(config, task), "a plan with beta 0.5")
 
 
 @pytest.mark.parametrize(
