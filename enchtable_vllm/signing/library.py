@@ -8,6 +8,7 @@ return, one step below that interface. The extra ``signing`` bounds its version 
 from __future__ import annotations
 
 import hashlib
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from enchtable_vllm.checkpoint.files import open_regular
 from enchtable_vllm.errors import ConfigError, summarize_faults
 from enchtable_vllm.signing.requirement import (
     RequireCertificate,
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from cryptography.x509 import Certificate
 
 _OPTION = "require_signature"
+#: More than any key, certificate bundle or trust configuration has.
+_MOST_BYTES = 10_000_000
 
 
 class NotVerifiedError(Exception):
@@ -112,7 +116,7 @@ def key_fingerprint(pem: bytes) -> str:
 def _with_key(path: Path) -> Verifier:
     signing = import_library()
     with _usable(f"{_OPTION}, public key '{path}'", "a PEM file with an ECDSA public key"):
-        pem = path.read_bytes()
+        pem = _read(path)
         name = f"key {key_fingerprint(pem)}"
         with _as_file(pem) as copy:
             config = signing.verifying.Config().use_elliptic_key_verifier(public_key=copy)
@@ -123,8 +127,12 @@ def _with_certificate(requirement: RequireCertificate) -> Verifier:
     signing = import_library()
     paths = requirement.files
     names = ", ".join(f"'{path}'" for path in paths)
-    with _usable(f"{_OPTION}, certificates {names}", "PEM files with certificates"):
-        config = signing.verifying.Config().use_certificate_verifier(certificate_chain=paths)
+    subject = f"{_OPTION}, certificates {names}"
+    with (
+        _usable(subject, "PEM files with certificates"),
+        _as_file(b"\n".join(map(_read, paths))) as copy,
+    ):
+        config = signing.verifying.Config().use_certificate_verifier(certificate_chain=[copy])
 
     def signer(bundle: Any) -> str:
         from cryptography import x509
@@ -145,11 +153,12 @@ def _with_sigstore(requirement: RequireSigstore) -> Verifier:
     signing = import_library()
     path = next(iter(requirement.files), None)
     subject = f"{_OPTION}, " + (f"trust_config '{path}'" if path else "Sigstore's public instance")
-    with _usable(subject, "a trust configuration: a file, or the network to fetch it"):
+    expected = "a trust configuration: a file, or the network to fetch it"
+    with _usable(subject, expected), _as_file(b"" if path is None else _read(path)) as copy:
         config = signing.verifying.Config().use_sigstore_verifier(
             identity=requirement.identity,
             oidc_issuer=requirement.identity_provider,
-            trust_config=path,
+            trust_config=path and copy,
         )
     name = f"sigstore {requirement.identity} ({requirement.identity_provider})"
     return Verifier(
@@ -238,6 +247,12 @@ def _usable(subject: str, expected: str) -> Iterator[None]:
             got=_told(error),
             fix="Check the file, its permissions and its kind; see docs/signing.md.",
         ) from error
+
+
+def _read(path: Path) -> bytes:
+    """A file that an operator named; one that is a FIFO by mistake is not waited for."""
+    with os.fdopen(open_regular(path), "rb") as file:
+        return file.read(_MOST_BYTES)
 
 
 @contextmanager

@@ -13,10 +13,11 @@ import signers
 from signers import SIGNATURE, checked, flip, merged, prepared, refused
 
 from enchtable_vllm.checkpoint import locate
+from enchtable_vllm.cli.sign import signed_by
 from enchtable_vllm.errors import ConfigError, EnchTableError
 from enchtable_vllm.serving.choice import choose, choose_at_start
 from enchtable_vllm.serving.config import LoaderConfig
-from enchtable_vllm.serving.prepare import open_task
+from enchtable_vllm.serving.prepare import open_task, prepare
 from enchtable_vllm.signing import signature
 from enchtable_vllm.vector import build_vector
 
@@ -278,6 +279,40 @@ def test_between_the_signature_and_the_manifest(root, keys, monkeypatch):
 
     monkeypatch.setattr(signature, "read_signature", exchanging)
     refused(lambda: prepared(root, keys["ours"].required), "safety_vector.json")
+
+
+def test_a_repository_that_is_signed(signed_root, keys, tmp_path, monkeypatch):
+    """In a Hub cache, whose files are links to blobs."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    home = tmp_path / "models--org--sv"
+    snapshot = home / "snapshots" / commit
+    (home / "blobs").mkdir(parents=True)
+    vector = signed_root.path / "sv"
+    for number, name in enumerate(p for p in vector.rglob("*") if p.is_file()):
+        blob = shutil.copyfile(name, home / "blobs" / str(number))
+        link = snapshot / name.relative_to(vector)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(blob)
+    asked = f"org/sv@{commit}"
+    config = LoaderConfig.parse(
+        {"allowed_repositories": [asked], "require_signature": keys["ours"].required}
+    )
+    task = open_task(config, str(signed_root.family.task), None, str(tmp_path))
+
+    def found():
+        return prepare(choose(config, asked, None, task).config, task, device="cpu")
+
+    assert found().signed_by
+    signed, count = signed_by(asked, str(keys["ours"].public))
+    assert (signed, count) == (found().signed_by, 6)
+    link = snapshot / signed_root.plan("sv").relative_to(vector)
+    link.resolve().write_text(link.read_text() + "\n")
+    refused(found, "merge plan")
+    refused(lambda: signed_by(asked, str(keys["ours"].public)), "was changed")
+    with pytest.raises(ConfigError, match="a folder of your own"):
+        keys["ours"].sign(snapshot)
 
 
 def test_what_nobody_can_have_signed(root, keys):

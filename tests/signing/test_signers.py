@@ -1,6 +1,7 @@
 """Who may sign, and how: keys, certificates, Sigstore, other tools."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -44,12 +45,19 @@ def test_keys_that_cannot_be_used(root, keys, tmp_path):
         return {"method": "key", "public_key": str(path)}
 
     (tmp_path / "empty").write_bytes(b"")
+    os.mkfifo(tmp_path / "fifo")
     others = [
         signers.Key.of(rsa.generate_private_key(65537, 2048), tmp_path, "rsa"),
         signers.Key.of(ed25519.Ed25519PrivateKey.generate(), tmp_path, "ed"),
         signers.Key.make(tmp_path, "k1", ec.SECP256K1),
     ]
-    unusable = [tmp_path / "none", tmp_path / "empty", tmp_path, keys["ours"].private]
+    unusable = [
+        tmp_path / "none",
+        tmp_path / "empty",
+        tmp_path / "fifo",
+        tmp_path,
+        keys["ours"].private,
+    ]
     for path in (*unusable, *(key.public for key in others)):
         with pytest.raises(ConfigError, match=r"public key '.*': expected a PEM file"):
             prepared(root, required(path))
