@@ -37,9 +37,10 @@ versions > "$scratch/before"
 # From a copy: setuptools leaves its build folder in the sources, and those are read-only.
 cp -r "$sources" "$scratch/sources"
 if "$python" -m pip --version > /dev/null 2>&1; then
-  add=("$python" -m pip install --quiet --no-cache-dir --root-user-action=ignore --break-system-packages)
+  add=("$python" -m pip install --progress-bar off --no-cache-dir --root-user-action=ignore
+    --break-system-packages)
 else
-  add=(uv pip install --quiet --no-cache --python "$python" --break-system-packages)
+  add=(uv pip install --no-cache --python "$python" --break-system-packages)
 fi
 # The constraint makes a conflict with what vLLM brought an error, not an exchange of its torch.
 "${add[@]}" --constraint "$scratch/before" "$scratch/sources"

@@ -27,8 +27,9 @@ OPERATORS = {"PodMonitor": "PodMonitor.json", "PrometheusRule": "PrometheusRule.
 
 
 def render(values, chart=CHART):
-    """Template → its text, as 'helm template' gives it."""
+    """Template → its text, as 'helm template' gives it, which checks the values first."""
     with helm_python.Chart.load(chart) as loaded:
+        loaded.validate_schema(values)
         return loaded.render(values, name="demo", namespace="models")
 
 

@@ -42,8 +42,9 @@ def test_a_cluster_takes_every_object(case):
 def test_everything_is_really_on():
     kinds = sorted(d["kind"] for d in documents("everything"))
     assert kinds == [
-        "ConfigMap", "Deployment", "HorizontalPodAutoscaler", "Ingress", "NetworkPolicy", "PodDisruptionBudget",
-        "PodMonitor", "PrometheusRule", "Service", "Service", "ServiceAccount",
+        "ConfigMap", "Deployment", "HorizontalPodAutoscaler", "Ingress", "NetworkPolicy",
+        "PodDisruptionBudget", "PodMonitor", "PrometheusRule", "Service", "Service",
+        "ServiceAccount",
     ]  # fmt: skip
 
 
@@ -159,9 +160,8 @@ def test_notes_say_what_is_open():
 )
 def test_wrong_values_are_refused_by_name(dotted, value, says):
     values = changed(VALUES["minimal"], dotted, value)
-    with helm_python.Chart.load(CHART) as chart, pytest.raises(helm_python.HelmError) as refused:
-        chart.validate_schema(values)
-        chart.render(values)
+    with pytest.raises(helm_python.HelmError) as refused:
+        render(values)
     assert says in str(refused.value)
 
 

@@ -35,11 +35,10 @@ def bound(service, target):
 @pytest.mark.parametrize("name", ["compose.yaml", "compose.cpu.yaml"])
 def test_it_is_what_the_specification_says(name):
     document = yaml.load((FOLDER / name).read_text(), Loader)
-    jsonschema.validate(
-        {k: v for k, v in document.items() if v is not None}
-        | {"services": {n: {k: v for k, v in s.items() if v is not None} for n, s in document["services"].items()}},
-        schema("compose-spec.json"),
-    )  # fmt: skip
+    for service in document["services"].values():
+        if service.get("deploy", ...) is None:
+            del service["deploy"]  # reset
+    jsonschema.validate(document, schema("compose-spec.json"), jsonschema.Draft7Validator)
 
 
 def test_every_variable_has_a_default_or_is_in_the_example():

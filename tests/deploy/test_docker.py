@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from manifests import DEPLOY, ROOT
 
-from enchtable_vllm.serving.versions import lower_bound, newest_tested, tested_versions
+from enchtable_vllm.serving import versions
 
 FOLDER = DEPLOY / "docker"
 DOCKERFILE = (FOLDER / "Dockerfile").read_text()
@@ -72,9 +72,7 @@ def test_hadolint_has_nothing_to_say():
 
 def test_the_default_version_is_a_tested_one():
     (version,) = re.findall(r"^ARG VLLM_VERSION=(.*)$", DOCKERFILE, re.MULTILINE)
-    tested = [t.vllm for t in tested_versions() if t.passed]
-    assert version in tested
-    assert str(lower_bound()) <= version == str(newest_tested())
+    assert version in [t.vllm for t in versions.tested_versions() if t.passed]
     files = (DOCKERFILE, *(p.read_text() for p in (DEPLOY / "compose").glob("*.yaml")))
     named = {v for text in files for v in re.findall(r"vllm-openai(?:-cpu)?:v([\d.]+\d)", text)}
     assert named == {version}
@@ -129,7 +127,7 @@ def test_a_build_that_would_exchange_what_vllm_brought_is_refused(image, tmp_pat
     done = run(["bash", sources / "deploy" / "docker" / "install.sh", sources, tmp_path / "home"],
                env=environment(image, tmp_path))  # fmt: skip
     assert done.returncode != 0
-    assert "numpy" in done.stderr
+    assert "numpy" in done.stdout + done.stderr
     assert not (tmp_path / "home").exists()
 
 

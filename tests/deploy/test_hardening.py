@@ -65,7 +65,7 @@ def test_resources_are_bounded(case):
 
 @CASES
 def test_probes_ask_for_what_they_mean(case):
-    """Ready: serves the vector it should. Alive: the engine runs; a failed swap must not kill it."""
+    """Ready: it serves what it should. Alive: its engine runs; a failed swap must not kill it."""
     probes = {
         name: server(case)[f"{name}Probe"]["httpGet"]
         for name in ("startup", "readiness", "liveness")

