@@ -82,6 +82,13 @@ def test_probes_ask_for_what_they_mean(case):
     }
 
 
+@pytest.mark.parametrize("case", VALUES)
+def test_requests_under_way_are_given_the_time_to_end(case):
+    (drain,) = [a for a in server(case)["args"] if a.startswith("--shutdown-timeout=")]
+    wait = int(server(case)["lifecycle"]["preStop"]["exec"]["command"][1])
+    assert pod(case)["terminationGracePeriodSeconds"] >= wait + int(drain.partition("=")[2]) + 20
+
+
 @CASES
 def test_images_are_named_exactly(case):
     for container in containers(case):

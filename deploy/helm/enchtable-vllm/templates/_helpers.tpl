@@ -64,7 +64,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- if and .autoscaling.enabled (lt (int .autoscaling.maxReplicas) (int .autoscaling.minReplicas)) }}
 {{- fail (printf "values, 'autoscaling.maxReplicas': expected %d or more, got %d. Raise it." (int .autoscaling.minReplicas) (int .autoscaling.maxReplicas)) }}
 {{- end }}
-{{- $ours := list "--load-format" "--model-loader-extra-config" "--host" "--port" "--tensor-parallel-size" "-tp" "--served-model-name" "--revision" "--api-key" "--ssl-certfile" "--ssl-keyfile" }}
+{{- $ours := list "--load-format" "--model-loader-extra-config" "--host" "--port" "--tensor-parallel-size" "-tp" "--served-model-name" "--revision" "--api-key" "--ssl-certfile" "--ssl-keyfile" "--shutdown-timeout" }}
 {{- range .extraArgs }}
 {{- $name := regexFind "^-[^= ]*" . | replace "_" "-" }}
 {{- if has $name $ours }}
