@@ -154,6 +154,7 @@ def test_notes_say_what_is_open():
         ("ingress.enabled", True, "/ingress"),
         ("extraArgs", ["--api-key=secret"], "got '--api-key'"),
         ("extraArgs", ["--load_format", "auto"], "got '--load-format'"),
+        ("extraEnv", [{"name": "VLLM_SERVER_DEV_MODE", "value": "1"}], "without any token"),
         ("autoscaling", {"enabled": True, "minReplicas": 3, "maxReplicas": 2}, "got 2"),
     ],
     ids=lambda value: str(value)[:30],

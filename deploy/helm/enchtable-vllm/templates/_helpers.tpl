@@ -64,6 +64,11 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- if and .autoscaling.enabled (lt (int .autoscaling.maxReplicas) (int .autoscaling.minReplicas)) }}
 {{- fail (printf "values, 'autoscaling.maxReplicas': expected %d or more, got %d. Raise it." (int .autoscaling.minReplicas) (int .autoscaling.maxReplicas)) }}
 {{- end }}
+{{- range .extraEnv }}
+{{- if eq .name "VLLM_SERVER_DEV_MODE" }}
+{{- fail "values, 'extraEnv': expected no 'VLLM_SERVER_DEV_MODE', got it. It opens vLLM's own routes that exchange weights, without any token. Leave it out." }}
+{{- end }}
+{{- end }}
 {{- $ours := list "--load-format" "--model-loader-extra-config" "--host" "--port" "--tensor-parallel-size" "-tp" "--served-model-name" "--revision" "--api-key" "--ssl-certfile" "--ssl-keyfile" "--shutdown-timeout" }}
 {{- range .extraArgs }}
 {{- $name := regexFind "^-[^= ]*" . | replace "_" "-" }}
