@@ -1,11 +1,13 @@
 """The chart: what Helm renders is what a cluster takes, and what was promised."""
 
 import copy
+import re
+import tomllib
 
 import helm_python
 import pytest
 import yaml
-from manifests import CHART, DEPLOY, VALUES, documents, only, pod_of, refuse_invalid, render
+from manifests import CHART, DEPLOY, ROOT, VALUES, documents, only, pod_of, refuse_invalid, render
 
 from enchtable_vllm.serving.config import LoaderConfig
 
@@ -37,6 +39,17 @@ def test_a_cluster_takes_every_object(case):
     assert len(found) >= 6
     for document in found:
         refuse_invalid(document)
+
+
+def test_images_are_of_this_version():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
+    assert (chart["version"], chart["appVersion"]) == (version, version)
+    files = [*DEPLOY.glob("*/*.yaml"), DEPLOY / "docker" / "Dockerfile", ROOT / "docs/deploy.md"]
+    text = "\n".join(path.read_text() for path in files)
+    named = re.findall(r"enchtable-vllm:([\w.-]+)", text) + re.findall(r"^ +tag: (.*)$", text, re.M)
+    assert len(named) > 5
+    assert {tag.removesuffix("-cpu") for tag in named} == {version}
 
 
 def test_everything_is_really_on():
