@@ -224,11 +224,15 @@ def merging_ahead(family):
     begun = []
     task = Checkpoint(family.task)
 
-    def begin(budget_bytes, order=lambda names: names):
+    def begin(budget_bytes, order=lambda names: names, *, beside=False):
         def of(merge_one):
             names = order([n for n in task.tensors if n in merge_one.resolved.coefficients])
             sizes = {name: task.nbytes(name) for name in names}
-            begun.append(Ahead(lambda n: merge_one(n, task.read(n)), sizes, budget_bytes))
+
+            def make(name):
+                return merge_one(name, task.read(name))
+
+            begun.append(Ahead(make, sizes, budget_bytes, threads=2, beside=beside))
             return begun[-1]
 
         return of
@@ -240,10 +244,13 @@ def merging_ahead(family):
 
 @pytest.mark.parametrize("budget", [0, 300_000, 10**9])
 @pytest.mark.parametrize("order", [list, reversed])
+@pytest.mark.parametrize("beside", [False, True])
 @pytest.mark.parametrize("options", [{}, {"rounding": "stochastic", "verify_content": True}])
-def test_merging_ahead_changes_nothing_but_the_time(family, merging_ahead, budget, order, options):
+def test_merging_ahead_changes_nothing_but_the_time(
+    family, merging_ahead, budget, order, beside, options
+):
     expected, alone = stream(family, stored(family), digest_merged=True, **options)
-    ahead = merging_ahead(budget, order)
+    ahead = merging_ahead(budget, order, beside=beside)
     got, report = stream(family, stored(family), ahead=ahead, digest_merged=True, **options)
     assert list(got) == [name for name, _ in stored(family)]
     assert all(torch.equal(tensor, expected[name]) for name, tensor in got.items())
@@ -257,7 +264,7 @@ def test_what_was_merged_ahead_must_be_of_the_kind_that_comes(family, merging_ah
 
     def patiently(merge_one):
         begun = ahead(merge_one)
-        begun._thread.join()
+        begun.fill()
         return begun
 
     with pytest.raises(MismatchError, match=r"bfloat16, as its file says, got \[256, 256\]"):

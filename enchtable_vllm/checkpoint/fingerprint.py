@@ -40,7 +40,7 @@ def raw_bytes(tensor: torch.Tensor) -> memoryview:
 
 def tensor_digest(tensor: torch.Tensor) -> str:
     """``blake3:…`` of a tensor's bytes. On all cores: hashing must not slow loading down."""
-    return f"blake3:{blake3(raw_bytes(tensor), max_threads=blake3.AUTO).hexdigest()}"
+    return f"blake3:{blake3(raw_bytes(tensor)).hexdigest()}"
 
 
 def sampled_fingerprint(checkpoint: Checkpoint) -> str:

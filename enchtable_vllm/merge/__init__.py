@@ -1,6 +1,6 @@
 """Merging: one stream, used by the loader and by the offline merge alike."""
 
-from enchtable_vllm.merge.ahead import Ahead
+from enchtable_vllm.merge.ahead import Ahead, has_idle_core
 from enchtable_vllm.merge.offline import merge_checkpoint
 from enchtable_vllm.merge.one import Merged, TensorMerge
 from enchtable_vllm.merge.report import MergeReport
@@ -13,6 +13,7 @@ __all__ = [
     "MergeStream",
     "Merged",
     "TensorMerge",
+    "has_idle_core",
     "merge_checkpoint",
     "under_both_names",
 ]

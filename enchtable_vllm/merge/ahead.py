@@ -9,36 +9,69 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Generic, TypeVar
 
+import torch
+
 T = TypeVar("T")
 
 
 class Ahead(Generic[T]):
-    """A thread that makes results in the order in which they will probably be asked for.
+    """Threads that make results in the order in which they will probably be asked for.
 
     Reading, hashing and adding cost as much as all the rest of a load. While vLLM makes its empty
-    model, and while it copies one layer after the other, there is a core that has nothing to do.
+    model there is a core that has nothing to do. While it copies one layer after the other there
+    may be none: then whoever works beside it only slows it down, since each of its copies waits
+    for the thread that was held up. There the results are made in turns with the copies, by all
+    threads, the asking one too.
 
     Args:
         make: Makes one result from its name; from any thread.
         sizes: Name → bytes of the result, in the order expected.
         budget_bytes: How much may lie ready. What does not fit waits until some has been taken;
             what is never asked for keeps its room.
+        threads: How many, besides the one that asks.
+        beside: Whether they go on while results are taken, or only until the first `fill`
+            and within one.
     """
 
     def __init__(
-        self, make: Callable[[str], T], sizes: Mapping[str, int], budget_bytes: int
+        self,
+        make: Callable[[str], T],
+        sizes: Mapping[str, int],
+        budget_bytes: int,
+        *,
+        threads: int = 1,
+        beside: bool = True,
     ) -> None:
         self._make = make
-        self._sizes = dict(sizes)
+        self._sizes = sizes
         self._budget = budget_bytes
+        self._beside = beside
         self._changed = threading.Condition()
+        self._todo = dict.fromkeys(sizes)  # in order, and quick to take one out of
+        self._making: set[str] = set()
         self._ready: dict[str, T | Exception] = {}
         self._held_bytes = 0
-        self._making: str | None = None
-        self._taken: set[str] = set()
+        self._at_work = True
         self._closed = False
-        self._thread = threading.Thread(target=self._run, name="enchtable-ahead", daemon=True)
-        self._thread.start()
+        self._threads = [
+            threading.Thread(target=self._run, name=f"enchtable-ahead-{i}", daemon=True)
+            for i in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def fill(self) -> None:
+        """Work too, until all lies ready that may; nothing where threads go on by themselves."""
+        if self._beside:
+            return
+        with self._changed:
+            self._at_work = True
+            self._changed.notify_all()
+        while (name := self._claim()) is not None:
+            self._make_one(name)
+        with self._changed:
+            self._changed.wait_for(lambda: not self._making)
+            self._at_work = False
 
     def take(self, name: str) -> T | None:
         """The result, once; None if it has not been this one's turn: make it yourself.
@@ -46,13 +79,15 @@ class Ahead(Generic[T]):
         Raises:
             Exception: Whatever making it raised.
         """
+        if name in self._todo:
+            self.fill()
         with self._changed:
-            self._taken.add(name)
-            self._changed.wait_for(lambda: self._making != name)
+            self._todo.pop(name, None)
+            self._changed.wait_for(lambda: name not in self._making)
             found = self._ready.pop(name, None)
             if found is not None:
                 self._held_bytes -= self._sizes[name]
-                self._changed.notify_all()
+            self._changed.notify_all()
         if isinstance(found, Exception):
             raise found
         return found
@@ -62,35 +97,48 @@ class Ahead(Generic[T]):
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
         self._ready.clear()
 
     def _run(self) -> None:
         _use_every_core()
-        for name, size in self._sizes.items():
+        while True:
             with self._changed:
-                while not self._may_make(name, size):
+                while not self._at_work or (name := self._claim()) is None:
+                    if self._closed or not self._todo:
+                        return
                     self._changed.wait()
-                if self._closed:
-                    return
-                if name in self._taken:
-                    continue
-                self._making = name
-            made: T | Exception
-            try:
-                made = self._make(name)
-            except Exception as error:  # whoever asks for this one is told
-                made = error
-            with self._changed:
-                self._making = None
-                self._ready[name] = made
-                self._held_bytes += size
-                self._changed.notify_all()
-            del made
+            self._make_one(name)
 
-    def _may_make(self, name: str, size: int) -> bool:
-        fits = self._held_bytes + size <= self._budget
-        return self._closed or name in self._taken or fits
+    def _claim(self) -> str | None:
+        """The next to make, its room taken; None if there is none, or no room."""
+        with self._changed:
+            name = next(iter(self._todo), None)
+            if self._closed or name is None:
+                return None
+            if self._held_bytes + self._sizes[name] > self._budget:
+                return None
+            del self._todo[name]
+            self._making.add(name)
+            self._held_bytes += self._sizes[name]
+            return name
+
+    def _make_one(self, name: str) -> None:
+        made: T | Exception
+        try:
+            made = self._make(name)
+        except Exception as error:  # whoever asks for this one is told
+            made = error
+        with self._changed:
+            self._making.remove(name)
+            self._ready[name] = made
+            self._changed.notify_all()
+
+
+def has_idle_core() -> bool:
+    """Whether this process may run on more cores than torch's threads keep busy."""
+    return len(_cores()) > torch.get_num_threads()
 
 
 def _use_every_core() -> None:
@@ -99,8 +147,13 @@ def _use_every_core() -> None:
     VLLM's CPU workers bind their main thread to one core, which a new thread inherits: it would
     take turns with the very one that it is to work beside.
     """
+    with suppress(OSError, AttributeError):  # not allowed; not Linux
+        os.sched_setaffinity(0, _cores())
+
+
+def _cores() -> set[int]:
     cores: set[int] = set()
     with suppress(OSError, AttributeError):  # a thread has ended meanwhile; not Linux
         for thread in Path("/proc/self/task").iterdir():
             cores |= os.sched_getaffinity(int(thread.name))
-        os.sched_setaffinity(0, cores)
+    return cores

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from enchtable_vllm.merge import Ahead, Merged, TensorMerge
+from enchtable_vllm.merge import Ahead, Merged, TensorMerge, has_idle_core
 from enchtable_vllm.serving.prepare import Prepared
 from enchtable_vllm.vector import Delta
 
@@ -15,7 +15,7 @@ _MOST_AHEAD_BYTES = 512 * 2**20
 
 
 class Merging:
-    """Works ahead of vLLM, in a thread.
+    """Works ahead of vLLM, in threads.
 
     On the CPU it merges ahead: the task model's tensors are read from the very files that were
     checked, and those that vLLM hands over are not looked at. Elsewhere, and where vLLM may hand
@@ -68,12 +68,18 @@ class Merging:
                 lambda name: one(name, checkpoint.read(name)),
                 {name: checkpoint.nbytes(name) for name in names},
                 budget,
+                threads=max(1, torch.get_num_threads() - 1),
+                beside=has_idle_core(),
             )
             self.ahead, self._thread = merged.take, merged
         else:
             deltas = Ahead(vector.read, {name: vector.nbytes(name) for name in names}, budget)
             self.merge_one = merger(lambda name: deltas.take(name) or vector.read(name))
             self._thread = deltas
+
+    def begin(self) -> None:
+        """VLLM is about to copy weights."""
+        self._thread.fill()
 
     def close(self) -> None:
         """Stop working ahead."""

@@ -262,15 +262,18 @@ def _narrow(bits: Any, n: int, kind: int, out: Any) -> None:
 
 @_compiled(fastmath={"reassoc"})  # for these sums alone: they are statistics
 def _sum(before: Any, product: Any, after: Any, n: int, sums: Any) -> None:
-    intended_sq = added_sq = overlap = np.float32(0)
-    bad = 0
+    intended_sq = added_sq = overlap = poison = np.float32(0)
     for i in range(n):
         added = after[i] - before[i]
         intended_sq += product[i] * product[i]
         added_sq += added * added
         overlap += added * product[i]
-        bad += after[i] - after[i] != np.float32(0)  # 0 for every finite number, else NaN
+        poison += after[i] * np.float32(0)  # 0 for every finite number, else NaN
     sums[0] += intended_sq
     sums[1] += added_sq
     sums[2] += overlap
-    sums[3] += bad
+    if poison != poison:  # counted only where there is something to count: it is slower
+        bad = 0
+        for i in range(n):
+            bad += after[i] - after[i] != np.float32(0)
+        sums[3] += bad
