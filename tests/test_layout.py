@@ -115,6 +115,7 @@ def test_what_is_imported_is_declared():
         "evaluate": {"inspect_ai", "openai", "matplotlib", "anyio"},  # inspect brings anyio
         "cli": {"inspect_ai", "openai"},
         "signing": {"model_signing", "cryptography"},  # which model-signing brings
+        "plan": {"ray"},
     }
     assert {
         d.split(">")[0].replace("-", "_") for d in project["optional-dependencies"]["evaluation"]
