@@ -159,6 +159,7 @@ def test_notes_say_what_is_open():
             "/vectors/download/0/commit",
         ),
         ("loader.beta", -1, "/loader/beta"),
+        ("loader.require_signature", {"method": "pgp"}, "/loader/require_signature/method"),
         ("loader.vector_root", "/elsewhere", "vector_root"),
         ("tensorParallelSize", 0, "/tensorParallelSize"),
         ("image.digest", "sha256:12", "/image/digest"),
