@@ -1,0 +1,44 @@
+"""The HTTP interface, as the server's own OpenAPI page describes it."""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+
+from markup import code
+from markup import table as markdown_table
+
+ADMIN = "X-Enchtable-Admin-Token"
+
+
+@functools.cache
+def openapi() -> dict[str, Any]:
+    """Of the routes of a server that has an admin token."""
+    from fastapi import FastAPI
+
+    from importlib.metadata import version
+    from enchtable_vllm.serving.http.plugin import EnchTableEndpoints
+
+    os.environ["ENCHTABLE_ADMIN_TOKEN"] = "of no server: it lets the routes exist"
+    app = FastAPI(title="enchtable-vllm", version=version("enchtable-vllm"))
+    EnchTableEndpoints().attach_router(app)
+    return app.openapi()
+
+
+def table() -> str:
+    """Method, path, who may, and what for."""
+    rows = []
+    for path, methods in openapi()["paths"].items():
+        for method, operation in methods.items():
+            rows.append(
+                [code(f"{method.upper()} {path}"), _token(path, operation), operation["summary"]]
+            )
+    return markdown_table(["route", "token", "what it does"], rows)
+
+
+def _token(path: str, operation: dict[str, Any]) -> str:
+    """vLLM's API key covers what is under ``/v1``."""
+    if any(p["name"] == ADMIN for p in operation.get("parameters", ())):
+        return "admin"
+    return "API key" if path.startswith("/v1/") else "none"
