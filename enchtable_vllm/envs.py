@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """``ENCHTABLE_CACHE``: where computed plans, journals of roll-outs and the demo's models are kept.
+    """``ENCHTABLE_CACHE``: where plans, journals of roll-outs and the demo's models lie.
 
     Default: ``enchtable`` in ``XDG_CACHE_HOME``, or ``~/.cache/enchtable``.
     """

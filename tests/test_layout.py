@@ -104,6 +104,7 @@ def test_what_is_imported_is_declared():
     extras = {
         "evaluate": {"inspect_ai", "openai", "matplotlib", "anyio"},  # inspect brings anyio
         "cli": {"inspect_ai", "openai"},
+        "plan": {"ray"},
     }
     assert {
         d.split(">")[0].replace("-", "_") for d in project["optional-dependencies"]["evaluation"]

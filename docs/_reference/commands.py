@@ -54,12 +54,8 @@ def _row(parameter: Any, annotation: Any) -> list[str]:
         names = ", ".join(map(code, [*parameter.opts, *parameter.secondary_opts]))
     value = _value(annotation)
     again = "; may be given again" if parameter.multiple else ""
-    return [
-        names,
-        value + again,
-        _default(parameter),
-        (parameter.help or "").replace("\\[", "["),
-    ]  # rich markup
+    meaning = (parameter.help or "").replace("\\[", "[")  # escaped for rich
+    return [names, value + again, _default(parameter), meaning]
 
 
 def _default(parameter: Any) -> str:

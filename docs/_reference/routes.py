@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from importlib.metadata import version
 from typing import Any
 
 from markup import code
@@ -17,7 +18,6 @@ def openapi() -> dict[str, Any]:
     """Of the routes of a server that has an admin token."""
     from fastapi import FastAPI
 
-    from importlib.metadata import version
     from enchtable_vllm.serving.http.plugin import EnchTableEndpoints
 
     os.environ["ENCHTABLE_ADMIN_TOKEN"] = "of no server: it lets the routes exist"
@@ -31,14 +31,13 @@ def table() -> str:
     rows = []
     for path, methods in openapi()["paths"].items():
         for method, operation in methods.items():
-            rows.append(
-                [code(f"{method.upper()} {path}"), _token(path, operation), operation["summary"]]
-            )
+            route = code(f"{method.upper()} {path}")
+            rows.append([route, _token(path, operation), operation["summary"]])
     return markdown_table(["route", "token", "what it does"], rows)
 
 
 def _token(path: str, operation: dict[str, Any]) -> str:
-    """vLLM's API key covers what is under ``/v1``."""
+    """Which one: vLLM's API key covers what is under ``/v1``."""
     if any(p["name"] == ADMIN for p in operation.get("parameters", ())):
         return "admin"
     return "API key" if path.startswith("/v1/") else "none"

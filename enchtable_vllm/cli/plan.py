@@ -59,6 +59,13 @@ def plan(
         ),
     ] = False,
     jobs: JobsOption = None,
+    executor: Annotated[
+        Literal["threads", "ray"],
+        typer.Option(
+            help="Where the linear algebra is done. ray: on the cluster of RAY_ADDRESS, or one "
+            "that is started here; one task for each core, or with --device cuda for each GPU."
+        ),
+    ] = "threads",
     no_resume: Annotated[
         bool, typer.Option("--no-resume", help="Do not continue where an interrupted run stopped.")
     ] = False,
@@ -89,6 +96,7 @@ def plan(
         device=check_device(device),
         allow_other_base=allow_other_base,
         jobs=jobs,
+        executor=executor,
         masks=MaskOptions(density, drop_sign_conflicts=mask is not None),
     )
     base = locate(base_model, what="base model")

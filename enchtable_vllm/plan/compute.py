@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 
@@ -12,9 +15,10 @@ from enchtable_kernels import Effect, fused_add, pack_keep
 from enchtable_vllm.checkpoint import Checkpoint, Location
 from enchtable_vllm.errors import ConfigError, MismatchError, summarize_faults
 from enchtable_vllm.plan.classify import classify
-from enchtable_vllm.plan.journal import Journal
+from enchtable_vllm.plan.cluster import Inputs, cluster
+from enchtable_vllm.plan.journal import Journal, Terms
 from enchtable_vllm.plan.masks import MaskOptions, MaskWriter, keep_mask
-from enchtable_vllm.plan.measure import Measured, Measurement
+from enchtable_vllm.plan.measure import Digests, Measured, Measurement
 from enchtable_vllm.plan.merge_plan import (
     MergePlan,
     PlannedTensor,
@@ -43,6 +47,8 @@ class PlanOptions:
         device: Where the linear algebra runs.
         allow_other_base: Whether the vector may come from another base model.
         jobs: How many tensors at once; None: see `worker_count`. It does not change the plan.
+        executor: Where the linear algebra is done: in ``threads`` of this process, or by
+            ``ray`` on a cluster. It does not change the plan either, on like machines.
         masks: Which elements take part; by default all.
     """
 
@@ -52,6 +58,7 @@ class PlanOptions:
     device: str = "cpu"
     allow_other_base: bool = False
     jobs: int | None = None
+    executor: Literal["threads", "ray"] = "threads"
     masks: MaskOptions = field(default_factory=MaskOptions)
 
     def __post_init__(self) -> None:
@@ -125,7 +132,6 @@ def compute_plan(
         )
     merged, in_norm = set(classes.merge), set(classes.in_norm)
     steps = len(task.tensors) + len(merged)
-    jobs = worker_count(options.jobs, options.device)
     measured: dict[str, Measured] = {}
     coefficients: dict[str, tuple[float, ...]] = {}
     effects: dict[str, Effect] = {}
@@ -148,7 +154,15 @@ def compute_plan(
     if options.masks:
         assert mask_writer is not None, "masks are asked for, and have no place to go"
         mask_writer.begin({name: vector.tensors[name].shape for name in classes.merge})
-    with workers(jobs) as pool:
+    inputs = Inputs(
+        task.folder,
+        base.folder,
+        vector.location.path,
+        options.rank_fraction,
+        torch.device(options.device).type,
+    )
+    with _executor(options, inputs) as (pool, jobs, elsewhere):
+        measurement = replace(measurement, elsewhere=elsewhere)
         for name, seen in in_order(pool, measure, task.tensors, jobs):
             measured[name] = seen
             progress(name, len(measured), steps)
@@ -205,6 +219,22 @@ def compute_plan(
         unused=classes.unused,
         tensors=dict(sorted(tensors.items())),
     )
+
+
+@contextmanager
+def _executor(
+    options: PlanOptions, inputs: Inputs
+) -> Iterator[tuple[ThreadPoolExecutor, int, Callable[[str, Digests], Terms] | None]]:
+    """Threads, how many they are, and who does the linear algebra, if not they."""
+    if options.executor == "threads":
+        jobs = worker_count(options.jobs, options.device)
+        with workers(jobs) as pool:
+            yield pool, jobs, None
+    else:
+        with cluster(inputs) as machines:
+            jobs = options.jobs or machines.slots + 1  # one more reads while they compute
+            with workers(jobs) as pool:
+                yield pool, jobs, machines.terms
 
 
 def _task_norm(measured: Iterable[Measured], task: Checkpoint, base: Checkpoint) -> float:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 
 from enchtable_vllm.checkpoint import Checkpoint, tensor_digest
 from enchtable_vllm.checkpoint.norm import finite_norm
+from enchtable_vllm.errors import MismatchError
 from enchtable_vllm.plan.interference import interference_terms
 from enchtable_vllm.plan.journal import Journal, Terms
 from enchtable_vllm.vector import SafetyVector, VectorTensor
@@ -17,6 +19,10 @@ from enchtable_vllm.vector.format import spread_sample
 
 #: The share of sampled values that must be the aligned model's own.
 _ALIKE = 0.75
+
+
+#: The digests of what a tensor's terms are found from: task tensor, base tensor and delta.
+Digests = tuple[str, str, str]
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,8 @@ class Measurement:
         factors: The vector's, where they are cached.
         rank_fraction, device: γ, and where the linear algebra runs.
         journal: What knows some outcomes from before, if anything does.
+        elsewhere: Finds a tensor's terms on another machine or device, from the same bytes;
+            None: here.
     """
 
     task: Checkpoint
@@ -56,7 +64,8 @@ class Measurement:
     factors: FactorFiles | None
     rank_fraction: float
     device: str
-    journal: Journal | None
+    journal: Journal | None = None
+    elsewhere: Callable[[str, Digests], Terms] | None = None
 
     def measure(self, name: str, *, in_norm: bool, merged: bool) -> Measured:
         """Measure one tensor of the task model.
@@ -81,13 +90,38 @@ class Measurement:
         if not merged:
             return Measured(digest, delta_norm, base_norm, is_matrix)
         entry = self.vector.tensors[name]
-        if self.journal is None:
-            terms = self._terms(name, delta)
-        else:
-            digests = (digest, tensor_digest(before), entry.digest)
-            terms = self.journal.remember(name, digests, lambda: self._terms(name, delta))
         foreign = not _is_aligned(before, entry)
+        digests = (digest, tensor_digest(before), entry.digest)
+        if self.elsewhere is not None:
+            del stored, before, delta  # not held while another machine is at work
+        terms = self._remembered(name, digests, None if self.elsewhere else delta)
         return Measured(digest, delta_norm, base_norm, is_matrix, foreign, terms)
+
+    def terms(self, name: str, digests: Digests) -> Terms:
+        """Find a tensor's terms, for whoever has seen its bytes.
+
+        Raises:
+            MismatchError: The bytes are others here.
+        """
+        stored, before = self.task.read(name), self.base.read(name)
+        found = (tensor_digest(stored), tensor_digest(before), self.vector.tensors[name].digest)
+        if found != digests:
+            raise MismatchError(
+                f"tensor '{name}' of task model, base model and safety vector",
+                expected=f"the content that the planning process has, {digests}",
+                got=found,
+                fix="Give every machine of the cluster the same files under the same paths.",
+            )
+        return self._terms(name, stored.float() - before.float())
+
+    def _remembered(self, name: str, digests: Digests, delta: torch.Tensor | None) -> Terms:
+        def find() -> Terms:
+            if delta is None:
+                assert self.elsewhere is not None
+                return self.elsewhere(name, digests)
+            return self._terms(name, delta)
+
+        return find() if self.journal is None else self.journal.remember(name, digests, find)
 
     def _terms(self, name: str, delta: torch.Tensor) -> Terms:
         safety, norm = self.vector.dense(name)

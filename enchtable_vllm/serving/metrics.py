@@ -105,8 +105,8 @@ class ServerMetrics:
         self._epoch = gauge("enchtable_epoch", "How often what is served was exchanged.")
         self._tensors = gauge(
             "enchtable_tensors",
-            "Tensors, by fate: merged, kept, filtered (other ranks' experts), refused (of base model "
-            "or vector, not in the task model).",
+            "Tensors, by fate: merged, kept, filtered (other ranks' experts), refused (of base "
+            "model or vector, not in the task model).",
             ["fate"],
         )
         #: Key of status["active"] → the gauge that repeats it.
