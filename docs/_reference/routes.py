@@ -10,7 +10,7 @@ from typing import Any
 from markup import code
 from markup import table as markdown_table
 
-ADMIN = "X-Enchtable-Admin-Token"
+from enchtable_vllm.serving.http.admin import HEADER
 
 
 @functools.cache
@@ -38,6 +38,6 @@ def table() -> str:
 
 def _token(path: str, operation: dict[str, Any]) -> str:
     """Which one: vLLM's API key covers what is under ``/v1``."""
-    if any(p["name"] == ADMIN for p in operation.get("parameters", ())):
+    if any(p["name"] == HEADER for p in operation.get("parameters", ())):
         return "admin"
     return "API key" if path.startswith("/v1/") else "none"

@@ -9,6 +9,8 @@ from markup import code, of_docstring, table
 from prometheus_client import CollectorRegistry
 
 from enchtable_vllm import envs, errors
+from enchtable_vllm.evaluate import faults
+from enchtable_vllm.fleet import client, exchange
 from enchtable_vllm.serving.metrics import ServerMetrics
 from enchtable_vllm.serving.swap.errors import CODES
 
@@ -23,8 +25,11 @@ def error_classes() -> str:
     """Each class of the tree, as its docstring says."""
     rows = [
         [code(name), of_docstring((kind.__doc__ or "").partition("\n\n")[0])]
-        for name, kind in vars(errors).items()
-        if inspect.isclass(kind) and issubclass(kind, errors.EnchTableError)
+        for module in (errors, faults, client, exchange)
+        for name, kind in vars(module).items()
+        if inspect.isclass(kind)
+        and issubclass(kind, errors.EnchTableError)
+        and kind.__module__ == module.__name__
     ]
     return table(["error", "means"], rows)
 
