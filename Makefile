@@ -60,6 +60,7 @@ lint: $(READY) types ## Check style and types.
 
 types: $(READY) ## Check types (mypy, strict).
 	@$(BIN)/mypy
+	@MYPYPATH=docs/_reference $(BIN)/mypy docs/_reference/*.py docs/conf.py
 
 format: $(READY) ## Rewrite in the project's style.
 	@$(BIN)/ruff check --fix .

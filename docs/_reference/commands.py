@@ -44,7 +44,7 @@ def _section(name: str, command: Any) -> str:
 
 
 def _placeholder(argument: Any) -> str:
-    return argument.name.upper() + ("..." if argument.nargs == -1 else "")
+    return str(argument.name).upper() + ("..." if argument.nargs == -1 else "")
 
 
 def _row(parameter: Any, annotation: Any) -> list[str]:

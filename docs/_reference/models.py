@@ -76,7 +76,7 @@ def _kind(schema: dict[str, Any], known: dict[str, Any]) -> str:
     if kind == "object" and isinstance(schema.get("additionalProperties"), dict):
         return f"name → {_kind(schema['additionalProperties'], known)}"
     names = {"string": "text", "integer": "whole number", "boolean": "`true` or `false`"}
-    return names.get(kind, kind) + _bounds(schema)
+    return str(names.get(kind, kind)) + _bounds(schema)
 
 
 def _bounds(schema: dict[str, Any]) -> str:

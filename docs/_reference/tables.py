@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Iterable
+from typing import Any
 
 from markup import code, of_docstring, table
 from prometheus_client import CollectorRegistry
@@ -39,7 +41,8 @@ def metrics() -> str:
     registry = CollectorRegistry()
     ServerMetrics(registry)
     rows = []
-    for collector in registry._collector_to_names:
+    collectors: Iterable[Any] = registry._collector_to_names
+    for collector in collectors:
         (metric,) = collector.describe()
         labels = " ".join(map(code, collector._labelnames))
         name = metric.name + "_total" * (metric.type == "counter")
