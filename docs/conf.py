@@ -34,12 +34,15 @@ exclude_patterns = ["_reference"]
 nitpicky = True
 myst_heading_anchors = 4
 highlight_language = "none"
+smartquotes = False  # it would make a dash of the two of an option
 
 html_theme = "furo"
 html_title = "enchtable-vllm"
 html_copy_source = False
 html_show_sphinx = False
 html_extra_path = ["openapi.json"]
+html_static_path = ["_static"]
+html_css_files = ["messages.css"]
 
 
 def _add_menu(app: Any, page: str, source: list[str]) -> None:

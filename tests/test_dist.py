@@ -27,6 +27,14 @@ LEFT_OUT = shutil.ignore_patterns(
 )
 
 
+def is_made(path):
+    """Whether it is a cache, or lies in one."""
+    parts = path.relative_to(ROOT).parts
+    return any(
+        part.startswith((".", "__pycache__")) or part.endswith(".egg-info") for part in parts
+    )
+
+
 @pytest.fixture(scope="module")
 def dist(tmp_path_factory):
     """The folder that 'make dist' fills, in a copy of this tree."""
@@ -84,7 +92,7 @@ def test_the_sdist_is_the_whole_source(dist):
         str(path.relative_to(ROOT))
         for folder in ("enchtable_vllm", "kernels", "tests", "docs", "deploy", "benchmarks")
         for path in (ROOT / folder).rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts and ".egg-info" not in str(path)
+        if path.is_file() and not is_made(path)
     }
     assert wanted <= held
     assert not [name for name in held if "__pycache__" in name]
@@ -98,7 +106,7 @@ def test_the_wheel_is_made_of_the_sdist_and_holds_the_packages_whole(dist):
         str(path.relative_to(root))
         for root, package in trees
         for path in (root / package).rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
+        if path.is_file() and not is_made(path)
     }
     information = {name for name in held if name.startswith(f"enchtable_vllm-{VERSION}.dist-info/")}
     assert held - information == wanted
