@@ -69,6 +69,16 @@ def test_a_command_is_one_that_there_is(page, command, tmp_path, monkeypatch):
     leaf.make_context(page, arguments)
 
 
+def test_every_command_has_its_how_to():
+    """Besides its section of the reference, which is made."""
+    pages = [page for page in PAGES if page.name not in ("README.md", "cli.md")]
+    shown = {" ".join(c.split()[:2]) for page in pages for c in commands(page)}
+    shown |= {name.split()[0] for name in shown} | {"demo"}  # 'make demo' runs it
+    for name in cli.COMMANDS:
+        for part in getattr(cli.load(name), "commands", [""]):
+            assert f"{name} {part}".strip() in shown
+
+
 def test_no_help_is_taken_for_markup():
     """Rich would leave '[@revision]' out of --help."""
     for name in cli.COMMANDS:
