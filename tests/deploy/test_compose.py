@@ -1,0 +1,109 @@
+"""The Compose project: what Compose reads, and what Prometheus and Grafana find in it."""
+
+import json
+import re
+import shutil
+import subprocess
+
+import jsonschema
+import pytest
+import yaml
+from manifests import DEPLOY, ROOT, schema
+from prometheus import program
+
+FOLDER = DEPLOY / "compose"
+TEXT = (FOLDER / "compose.yaml").read_text()
+PROJECT = yaml.safe_load(TEXT)
+
+
+class Loader(yaml.SafeLoader):
+    """Reads Compose's '!reset' as the nothing that it means."""
+
+
+Loader.add_constructor("!reset", lambda *_: None)
+
+
+def bound(service, target):
+    """The file or folder of this repository that a service sees at a path."""
+    for volume in PROJECT["services"][service]["volumes"]:
+        source, at, *_ = volume.split(":")
+        if at == target:
+            return (FOLDER / source).resolve()
+    raise AssertionError(f"nothing at {target}")
+
+
+@pytest.mark.parametrize("name", ["compose.yaml", "compose.cpu.yaml"])
+def test_it_is_what_the_specification_says(name):
+    document = yaml.load((FOLDER / name).read_text(), Loader)
+    for service in document["services"].values():
+        if service.get("deploy", ...) is None:
+            del service["deploy"]  # reset
+    jsonschema.validate(document, schema("compose-spec.json"), jsonschema.Draft7Validator)
+
+
+def test_every_variable_has_a_default_or_is_in_the_example():
+    required = set(re.findall(r"\$\{(\w+):\?", TEXT))
+    example = (FOLDER / "example.env").read_text()
+    assert required == set(re.findall(r"^(\w+)=", example, re.MULTILINE))
+    assert set(re.findall(r"\$\{(\w+)\}", TEXT)) == set()
+    optional = set(re.findall(r"^# (\w+)=", example, re.MULTILINE))
+    assert optional <= set(re.findall(r"\$\{(\w+):-", TEXT))
+
+
+def test_nothing_listens_on_the_network_and_nothing_gains_rights():
+    for service in PROJECT["services"].values():
+        assert all(port.startswith("127.0.0.1:") for port in service["ports"])
+        assert service["cap_drop"] == ["ALL"]
+        assert service["security_opt"] == ["no-new-privileges:true"]
+        assert "privileged" not in service
+    assert PROJECT["services"]["vllm"]["read_only"] is True
+
+
+def test_secrets_are_files():
+    for service in PROJECT["services"].values():
+        for name, value in service.get("environment", {}).items():
+            assert not re.search("TOKEN|PASSWORD", name) or name.endswith("_FILE")
+            assert not name.endswith("_FILE") or value.rpartition("/")[2] in service["secrets"]
+
+
+def test_prometheus_reads_its_configuration_and_the_alerts(tmp_path):
+    """Laid out as in the container, by the volumes of the project itself."""
+    for volume in PROJECT["services"]["prometheus"]["volumes"]:
+        source, at, *_ = volume.split(":")
+        if at.startswith("/etc/prometheus/"):
+            shutil.copy(FOLDER / source, tmp_path)
+    done = subprocess.run(
+        [program("promtool"), "check", "config", tmp_path / "prometheus.yml"],
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    rules = yaml.safe_load((DEPLOY / "prometheus" / "alerts.yml").read_text())["groups"][0]["rules"]
+    assert f"{len(rules)} rules found" in done.stdout
+    (job,) = yaml.safe_load((tmp_path / "prometheus.yml").read_text())["scrape_configs"]
+    (target,) = job["static_configs"][0]["targets"]
+    assert target.split(":")[0] in PROJECT["services"]
+
+
+def test_grafana_finds_its_source_and_the_dashboard():
+    sources = yaml.safe_load(
+        bound("grafana", "/etc/grafana/provisioning/datasources/enchtable.yaml").read_text()
+    )
+    (source,) = sources["datasources"]
+    assert source["url"].split("/")[2].split(":")[0] in PROJECT["services"]
+    providers = yaml.safe_load(
+        bound("grafana", "/etc/grafana/provisioning/dashboards/enchtable.yaml").read_text()
+    )
+    folder = bound("grafana", providers["providers"][0]["options"]["path"])
+    (dashboard,) = folder.glob("*.json")
+    (variable,) = [
+        v
+        for v in json.loads(dashboard.read_text())["templating"]["list"]
+        if v["type"] == "datasource"
+    ]
+    assert variable["query"] == source["type"]
+
+
+def test_the_image_is_built_from_this_repository():
+    build = PROJECT["services"]["vllm"]["build"]
+    assert (FOLDER / build["context"]).resolve() == ROOT
+    assert (ROOT / build["dockerfile"]).is_file()
