@@ -20,6 +20,8 @@ MENU = {
         "merge",
         "evaluate",
         "fleet",
+        "deploy",
+        "runbook",
         "quantise",
         "doctor",
         "troubleshooting",
