@@ -22,6 +22,12 @@ def commands(page):
             yield found[1]
 
 
+def mentions(page):
+    """Commands in running text, as far as they are given."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    return re.findall(r"`enchtable ([a-z][^`]*)`", text)
+
+
 def is_synopsis(command):
     """Whether brackets, bars or dots stand for something else."""
     return bool(re.search(r"[\[|]|\.\.\.", command))

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from docs_text import PAGES, ROOT, blocks, commands, is_synopsis
+from docs_text import PAGES, ROOT, blocks, commands, is_synopsis, mentions
 from typer.testing import CliRunner
 
 from enchtable_vllm import cli
@@ -56,13 +56,30 @@ def find(words):
     return (command, words[1:]) if inner is None else (inner[words[1]], words[2:])
 
 
+def offered_by(leaf):
+    return {name for p in leaf.params for name in (*p.opts, *p.secondary_opts)}
+
+
+def options_of(command):
+    return set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", command)) - {"--help"}
+
+
+def test_what_running_text_mentions_is_there():
+    for page in PAGES:
+        for command in mentions(page):
+            words = command.split()
+            inner = getattr(cli.load(words[0]), "commands", None)
+            if inner is None or len(words) > 1:
+                leaf, _ = find(words)
+                assert options_of(command) <= offered_by(leaf), (page.name, command)
+
+
 @pytest.mark.parametrize(("page", "command"), COMMANDS)
 def test_a_command_is_one_that_there_is(page, command, tmp_path, monkeypatch):
     """As a whole; of a synopsis its options."""
     leaf, arguments = find(shlex.split(command.replace("'", " ") if "[" in command else command))
-    offered = {name for p in leaf.params for name in (*p.opts, *p.secondary_opts)}
     if is_synopsis(command):
-        assert set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", command)) <= offered
+        assert options_of(command) <= offered_by(leaf)
         return
     (tmp_path / "safety-vector").mkdir()  # what must exist to be named
     monkeypatch.chdir(tmp_path)
