@@ -3,7 +3,7 @@ VENV ?= .venv
 READY := $(VENV)/.ready
 BIN := $(VENV)/bin
 
-.PHONY: help setup system-deps demo test test-gpu test-slow test-matrix supported lint types format bench bench-plan bench-load bench-swap fuzz clean
+.PHONY: help setup system-deps demo test test-gpu test-slow test-matrix supported reference docs dist lint types format bench bench-plan bench-load bench-swap fuzz clean
 help: ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /|/' | column -t -s '|'
 
@@ -40,6 +40,17 @@ fuzz: $(READY) ## Feed damaged inputs to every reader. FUZZ_SECONDS=36000 for a 
 supported: $(READY) ## Write README's table of what is supported out of the tests.
 	@$(BIN)/python tests/supported.py
 
+reference: $(READY) ## Write the reference parts of docs/ out of the code.
+	@$(BIN)/python docs/_reference
+
+docs: $(READY) ## Build the documentation's site into site/; any broken link fails it.
+	@$(BIN)/python -m sphinx --fail-on-warning --keep-going -q docs site
+
+dist: $(READY) ## Build wheel and sdist into dist/, and check them.
+	@rm -rf dist
+	@$(BIN)/python -m build --no-isolation
+	@$(BIN)/python -m twine check --strict dist/*
+
 test-matrix: $(READY) ## Run the tests of serving on each vLLM of docs/versions.md. VERSIONS="..." KEEP=1
 	@$(BIN)/python deploy/cpu/matrix.py $(VERSIONS) $(if $(TESTS),--tests $(TESTS)) $(if $(KEEP),--keep)
 
@@ -49,6 +60,7 @@ lint: $(READY) types ## Check style and types.
 
 types: $(READY) ## Check types (mypy, strict).
 	@$(BIN)/mypy
+	@MYPYPATH=docs/_reference $(BIN)/mypy docs/_reference/*.py docs/conf.py
 
 format: $(READY) ## Rewrite in the project's style.
 	@$(BIN)/ruff check --fix .
@@ -61,4 +73,4 @@ bench-plan: $(READY) ## Measure planning against the algorithm as published; ten
 	@$(BIN)/python benchmarks/plan.py
 
 clean: ## Remove what was built; .venv stays.
-	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	@rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -7,7 +7,10 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """``ENCHTABLE_CACHE``: where computed plans are kept. Default: ``~/.cache/enchtable``."""
+    """``ENCHTABLE_CACHE``: where plans, journals of roll-outs and the demo's models lie.
+
+    Default: ``enchtable`` in ``XDG_CACHE_HOME``, or ``~/.cache/enchtable``.
+    """
     chosen = os.environ.get("ENCHTABLE_CACHE")
     if chosen:
         return Path(chosen).expanduser()
@@ -21,12 +24,18 @@ def allows_any_vllm() -> bool:
 
 
 def admin_token() -> str | None:
-    """``ENCHTABLE_ADMIN_TOKEN``: who knows it may swap the vector of a running server."""
+    """``ENCHTABLE_ADMIN_TOKEN``: who knows it may swap the vector of a running server.
+
+    Of the server: the token that it asks for. Of a client: the token that it sends.
+    """
     return os.environ.get("ENCHTABLE_ADMIN_TOKEN") or None
 
 
 def admin_token_file() -> Path | None:
-    """``ENCHTABLE_ADMIN_TOKEN_FILE``: a file that holds it."""
+    """``ENCHTABLE_ADMIN_TOKEN_FILE``: a file that holds the admin token.
+
+    A server reads it for each request, so that it can be replaced.
+    """
     chosen = os.environ.get("ENCHTABLE_ADMIN_TOKEN_FILE")
     return Path(chosen).expanduser() if chosen else None
 

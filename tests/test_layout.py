@@ -1,11 +1,9 @@
 """The tree's own rules: which package may import which, and what the base install brings."""
 
 import ast
-import shutil
 import subprocess
 import sys
 import tomllib
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -127,24 +125,6 @@ def test_what_is_imported_is_declared():
         used = {module.split(".")[0] for module in imports(path)}
         used -= by_the_user | by_vllm | set(sys.stdlib_module_names) | extras.get(package, set())
         assert used <= declared, path
-
-
-def test_the_wheel_holds_both_packages_and_nothing_else(tmp_path):
-    source = tmp_path / "source"
-    source.mkdir()
-    for name in ("enchtable_vllm", "kernels"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copyfile(ROOT / name, source / name)
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet"]
-    subprocess.run([*command, "-w", str(tmp_path), str(source)], check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
-    tops = {name.split("/")[0] for name in names}
-    assert tops == {"enchtable_vllm", "enchtable_kernels", "enchtable_vllm-0.1.0.dist-info"}
-    for name in ("py.typed", "serving/tested_versions.json", "doctor/probe.py"):
-        assert f"enchtable_vllm/{name}" in names
-    assert "enchtable_kernels/triton_add.py" in names
 
 
 def test_files_stay_readable():

@@ -42,11 +42,16 @@ class _Lazy(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args and args[0] in COMMANDS:
-            self.add_command(_load(args[0]), args[0])
+            self.add_command(load(args[0]), args[0])
         return super().resolve_command(ctx, args)
 
 
-def _load(name: str) -> Any:
+def load(name: str) -> Any:
+    """The real command, or group of commands, of a name in `COMMANDS`.
+
+    Raises:
+        ConfigError: It needs torch, and there is none.
+    """
     try:
         module = import_module(f"enchtable_vllm.cli.{name}")
     except ModuleNotFoundError as error:

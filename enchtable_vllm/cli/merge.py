@@ -19,7 +19,7 @@ from enchtable_vllm.vector import SafetyVector, Scope
 
 
 def merge(
-    task_model: Annotated[str, typer.Option(help="The fine-tune: folder or Hub id[@revision].")],
+    task_model: Annotated[str, typer.Option(help="The fine-tune: folder or Hub id\\[@revision].")],
     safety_vector: Annotated[str, typer.Option(help="The safety vector the plan was made for.")],
     plan: Annotated[Path, typer.Option(help="merge_plan.json, from 'enchtable plan'.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The merged model's folder.")],

@@ -35,7 +35,7 @@ from enchtable_vllm.vector import SafetyVector, Scope
 
 
 def plan(
-    task_model: Annotated[str, typer.Option(help="The fine-tune: folder or Hub id[@revision].")],
+    task_model: Annotated[str, typer.Option(help="The fine-tune: folder or Hub id\\[@revision].")],
     base_model: Annotated[str, typer.Option(help="What it was fine-tuned from.")],
     safety_vector: Annotated[str, typer.Option(help="The safety vector of that base.")],
     output: Annotated[

@@ -33,7 +33,7 @@ RequireSignatureOption = Annotated[
 
 
 def sign(
-    vector: Annotated[Path, typer.Argument(help="The vector's folder.", exists=True)],
+    vector: Annotated[Path, typer.Argument(help="The vector's folder.")],
     private_key: Annotated[
         Path | None, typer.Option(help="PEM, ECDSA on P-256, P-384 or P-521.", show_default=False)
     ] = None,

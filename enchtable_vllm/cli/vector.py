@@ -28,7 +28,7 @@ app = typer.Typer(
 )
 app.command()(sign)
 
-VectorArgument = Annotated[str, typer.Argument(help="Folder, or Hub id[@revision].")]
+VectorArgument = Annotated[str, typer.Argument(help="Folder, or Hub id\\[@revision].")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 RankFraction = Annotated[float, typer.Option(help="γ of the plans that will use the factors.")]
 ShardGigabytes = Annotated[float, typer.Option(help="Larger files are sharded.", min=1e-6)]
@@ -36,7 +36,7 @@ ShardGigabytes = Annotated[float, typer.Option(help="Larger files are sharded.",
 
 @app.command()
 def build(
-    aligned: Annotated[str, typer.Option(help="The safe model: folder or Hub id[@revision].")],
+    aligned: Annotated[str, typer.Option(help="The safe model: folder or Hub id\\[@revision].")],
     surrogate: Annotated[str, typer.Option(help="The model distilled from it to be unsafe.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The vector's folder.")],
     scope: Annotated[Scope, typer.Option(help="Which parameters.")] = "attention",

@@ -34,7 +34,8 @@ class VectorLocation(BaseModel):
 
     Attributes:
         path: Relative to the plan's folder; never absolute, never upwards.
-        repo_id, commit: A Hub repository and 40 hex digits.
+        repo_id: A Hub repository.
+        commit: Of that repository: 40 hex digits.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -67,7 +68,7 @@ class MaskReference(BaseModel):
 
     Attributes:
         path: A folder inside the plan's own; it holds ``keep_bits.safetensors``.
-        density: The share of each delta, by magnitude, that is kept; None: all of it.
+        density: The share of each delta, by magnitude, that is kept. Absent: all of it.
         drop_sign_conflicts: Whether elements are left out where the safety and the task vector
             disagree in sign.
         kept_share: Of all elements of the merged tensors.
@@ -86,8 +87,8 @@ class VectorReference(BaseModel):
 
     Attributes:
         name: For people.
-        fingerprint: Content.
-        location: None where the vector must be named when the plan is used.
+        fingerprint: Its content fingerprint.
+        location: Absent where the vector must be named when the plan is used.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -100,14 +101,14 @@ class VectorReference(BaseModel):
 class PlannedTensor(BaseModel):
     """What happens to one of the task model's tensors.
 
-    Lists hold one number for a matrix, one for each matrix of a stack of experts.
+    Lists hold one number for a matrix, and for a stack of experts one for each of its matrices.
 
     Attributes:
         action: Whether it is merged or kept bit for bit.
         task_digest: blake3 of the task tensor's every byte.
         reason: Why it is kept.
         safety_norm: ‖S‖₂ of this delta.
-        a, b: interference = a · norm scale + b.
+        a, b: Interference = a · norm scale + b.
         interference, attenuation, coefficient: At the plan's own β and scope.
         rungs: Which algorithm each matrix's factors needed: task's, safety's.
         keep_digest: blake3 of its packed mask, where the plan has masks.
@@ -148,6 +149,7 @@ class MergePlan(BaseModel):
     """The whole file.
 
     Attributes:
+        format_version: Of this file.
         task_model, base_model, safety_vector: What it was made for, by fingerprint.
         beta: β.
         rank_fraction: γ.
@@ -156,7 +158,7 @@ class MergePlan(BaseModel):
         safety_norm: ‖S‖₂ over the merged tensors.
         norm_scale: n = β · task_norm / safety_norm.
         retained_share: Expected, over all merged tensors.
-        masks: Which elements take part; None: all, the method as published.
+        masks: Which elements take part. Absent: all, the method as published.
         unused: Tensors of base model or vector that the task model does not have, with the reason.
         tensors: Every tensor of the task model.
     """

@@ -55,6 +55,7 @@ class CurrentVector(BaseModel):
     """``current.json``: what the servers of this root are to serve.
 
     Attributes:
+        format_version: Of this file.
         version: Counts the changes.
         safety_vector: A name of the root, an allowed repository, or ``@none``.
         beta: Another β than the plan's.

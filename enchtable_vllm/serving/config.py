@@ -25,22 +25,23 @@ class LoaderConfig(BaseModel):
             ``current.json`` names. ``@none``: no vector; what is served is the task model.
         merge_plan: A plan file, or a folder or Hub id that holds ``merge_plan.json``. Default:
             the model's own.
-        base_model: Folder or Hub id; then the plan is computed at load and cached.
-        beta: Another β than the plan's.
-        scope: A part of the plan's scope.
+        base_model: Folder or Hub id; then the plan is computed at load, once for all ranks of a
+            machine, and cached.
+        beta: Another β than the plan's; finite.
+        scope: A part of the plan's scope; the result is what planning with it gives.
         verify: How the task model is checked: ``sampled`` fingerprints, or every byte
             (``content``), which also logs a digest of the merged weights. The vector is
             always checked to the last byte.
         rounding: How sums are rounded to bf16: ``nearest``, or ``stochastic`` (experimental: it
             keeps in the mean what rounding to nearest loses, and adds noise).
         inner_load_format: vLLM's load format for the stored weights.
-        inner_extra_config: The extra config of that format.
+        inner_extra_config: That format's own extra config.
         vector_root: Folder that holds a folder for each vector that may be swapped in.
         allowed_repositories: Hub repositories that may be swapped in, ``org/name@COMMIT`` each.
         staging_gib: The most host memory that a swap may take on this machine, all ranks
             together. Default: half of what is free.
         require_signature: Who must have signed a vector and its plan: nothing else is loaded or
-            swapped in, no vector at all neither. See docs/signing.md.
+            swapped in, and `@none` is refused. Three methods: see docs/signing.md. Default: nobody.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -93,5 +94,5 @@ class LoaderConfig(BaseModel):
                 "--model-loader-extra-config",
                 expected=f"an object with keys among {sorted(cls.model_fields)}",
                 got=describe_fault(error),
-                fix="See 'Serve' in the README.",
+                fix="See docs/configuration.md.",
             ) from error

@@ -20,13 +20,13 @@ from enchtable_vllm import errors
 from enchtable_vllm.checkpoint import short
 from enchtable_vllm.errors import EnchTableError, printable
 from enchtable_vllm.serving import api_servers
-from enchtable_vllm.serving.swap.errors import STATUS
+from enchtable_vllm.serving.swap.errors import CODES
 
 # What `compat.logger` gives, without importing vLLM: metrics need prometheus_client only.
 _log = logging.getLogger("vllm.enchtable.metrics")
 
 #: Why a request was refused.
-REASONS = tuple(STATUS)
+REASONS = tuple(CODES)
 #: How a swap ends, and where it usually does. Other pairs appear when they happen.
 OUTCOMES = {
     "swapped": "done",
@@ -88,29 +88,30 @@ class ServerMetrics:
 
         self._active = gauge(
             "enchtable_active_vector_info",
-            "What is served: 1 for the safety vector, plan and version in force.",
+            "1 for what is served. Digests are their first twelve digits; empty without a vector, "
+            "whose name is then @none.",
             _LABELS,
         )
-        self._ready = gauge(
-            "enchtable_ready", "Whether every rank serves the vector that it should."
-        )
-        self._unmerged = gauge(
-            "enchtable_unmerged", "Whether the task model is served without a safety vector."
-        )
+        self._ready = gauge("enchtable_ready", "1: every rank serves what it should.")
+        self._unmerged = gauge("enchtable_unmerged", "1: no safety vector is served.")
         self._signed = gauge(
             "enchtable_signed",
-            "Whether the vector and plan in force are signed as 'require_signature' demands.",
+            "1: what is served is signed, as 'require_signature' demands; 0: nobody asked.",
         )
         self._differs = gauge(
             "enchtable_desired_differs",
-            "Whether another vector or beta is served than the vector root's current.json asks.",
+            "1: the vector root's current.json asks for something else.",
         )
         self._disagreeing = gauge(
-            "enchtable_ranks_disagreeing", "Ranks that serve something else than the others."
+            "enchtable_ranks_disagreeing",
+            "Ranks that serve something else than the others; 0 is right.",
         )
         self._epoch = gauge("enchtable_epoch", "How often what is served was exchanged.")
         self._tensors = gauge(
-            "enchtable_tensors", "Tensors of the task model, by what was done with them.", ["fate"]
+            "enchtable_tensors",
+            "Tensors, by fate: merged, kept, filtered (other ranks' experts), refused (of base "
+            "model or vector, not in the task model).",
+            ["fate"],
         )
         #: Key of status["active"] → the gauge that repeats it.
         self._numbers = {
@@ -121,33 +122,35 @@ class ServerMetrics:
             "beta": gauge("enchtable_beta", "The beta in force."),
             "norm_scale": gauge("enchtable_norm_scale", "The norm scale in force."),
             "attenuation_median": gauge(
-                "enchtable_attenuation_median_ratio", "Of the vector in force, over its matrices."
+                "enchtable_attenuation_median_ratio",
+                "Attenuation of the vector in force: the median over its matrices.",
             ),
             "seconds": gauge("enchtable_merge_seconds", "How long the merge in force took."),
             "merged_bytes": gauge("enchtable_merged_bytes", "Bytes of the merged tensors."),
             "plan_seconds": gauge(
-                "enchtable_plan_seconds", "How long it took to compute the plan, or find it cached."
+                "enchtable_plan_seconds",
+                "How long computing the plan took, or finding it in the cache.",
             ),
         }
         self._plans = counter(
             "enchtable_plan_cache",
-            "Plans made from a base model, by whether they were at hand.",
+            "Plans made from a base model: hit if they were in the cache, miss.",
             ["result"],
         )
         self._attenuation = histogram(
             "enchtable_attenuation_ratio",
-            "Attenuation of each matrix of each merge since the start.",
+            "Attenuation of each matrix of each merge since the start, by kind of module.",
             ["module"],
             buckets=_ATTENUATION,
         )
         self._interference = histogram(
             "enchtable_interference",
-            "Interference of each matrix of each merge since the start.",
+            "Interference of each matrix of each merge since the start, by kind of module.",
             ["module"],
             buckets=_INTERFERENCE,
         )
         self._swaps = counter(
-            "enchtable_swaps", "Swaps, by how they ended and where.", ["outcome", "phase"]
+            "enchtable_swaps", "Swaps asked for, by how they ended and where.", ["outcome", "phase"]
         )
         #: Key of a swap's record → the histogram that it goes to.
         self._durations = {

@@ -40,7 +40,7 @@ class ModelReference(BaseModel):
     Attributes:
         id: A Hub id, or the name of a local folder (never a path).
         revision: The Hub commit, if there is one.
-        fingerprint: Sampled.
+        fingerprint: Its sampled fingerprint.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -86,8 +86,9 @@ class VectorTensor(BaseModel):
     """One delta.
 
     Attributes:
-        shape, dtype: As stored; dtype in safetensors' spelling. ``I8`` comes with a tensor
-            ``NAME.scale``: fp32, one for each 64 elements of the last axis.
+        shape: As stored.
+        dtype: As stored, in safetensors' spelling. ``I8`` comes with a tensor ``NAME.scale``: fp32,
+            one for each 64 elements of the last axis.
         norm: L2, of the values that the addition sees.
         digest: blake3 of every byte of the values.
         scale_digest: Of the scales, where there are any.
@@ -131,7 +132,9 @@ class MatrixFactors(BaseModel):
     """What `enchtable_vllm.vector.factors.Factors` of one matrix are stored beside the vector.
 
     Attributes:
-        rung, rank, exponent: As there.
+        rung: Which algorithm the matrix needed.
+        rank: How many directions there are; what lies beyond is zero.
+        exponent: The factors are those of the delta times 2^−exponent.
         digest: blake3 over these three, γ, the delta's own digest, and the bytes of both factors.
     """
 
@@ -147,7 +150,7 @@ class CachedFactors(BaseModel):
     """Factors of every matrix of the vector: what a plan needs of it, computed ahead.
 
     Attributes:
-        computation: Of `enchtable_vllm.vector.factors`, by number.
+        computation: Which version of the computation made them.
         device: ``cpu`` or ``cuda``: where they were computed.
         rank_fraction: γ.
         vector: The content fingerprint of the vector that they were computed from.
@@ -169,10 +172,13 @@ class VectorManifest(BaseModel):
     Attributes:
         aligned, surrogate: The models it is the difference of.
         architecture: The first of ``architectures`` in the aligned model's config.
+        format_version: Of this file.
         scope: Which parameters it was built for.
         norm: L2 over all deltas.
-        zero_share: The share of elements that are exactly zero.
-        recipe: How it was made; free-form.
+        zero_share: The share of elements that are exactly zero: high when it was built from 16-bit
+            checkpoints.
+        recipe: How the surrogate was made; free-form.
+        tensors: The deltas, by the checkpoint's own tensor names.
         factors: What lies in ``safety_vector_factors*.safetensors``, if anything does.
     """
 

@@ -9,6 +9,7 @@ import re
 
 import models
 import pytest
+import signers
 from corpus import seeds
 from corpus.damage import number_variants, put
 from safetensors.torch import load_file, save_file
@@ -58,8 +59,11 @@ def seen(family, tmp_path_factory):
     settings.append({"model": str(family.task), **ours})
     copy = models.copy_family(family, tmp_path_factory.mktemp("replaced") / "family")
     settings.append({"model": str(copy.task), "refused": True, "replaced": True, **ours})
+    key = signers.Key.make(tmp_path_factory.mktemp("keys"), "ours")
+    demanding = {"model_loader_extra_config": {"require_signature": key.required}}
+    settings.append({"model": str(family.task), "refused": True, **ours, **demanding})
     results, printed = probe(settings, VLLM_ENABLE_V1_MULTIPROCESSING="0")
-    return dict(zip([*DAMAGES, "nothing", "replaced"], results, strict=True)), printed
+    return dict(zip([*DAMAGES, "nothing", "replaced", "unsigned"], results, strict=True)), printed
 
 
 @pytest.mark.parametrize("name", DAMAGES)
@@ -71,6 +75,12 @@ def test_no_model_comes_out(seen, name):
 def test_files_that_are_replaced_while_they_load(seen):
     results, _ = seen
     assert "another 'model.safetensors'" in results["replaced"]["refused"]
+
+
+def test_what_nobody_signed(seen):
+    results, _ = seen
+    assert "SignatureError: " in results["unsigned"]["refused"]
+    assert "expected a signature by key sha256:" in results["unsigned"]["refused"]
 
 
 def test_the_same_process_serves_what_is_good(seen):

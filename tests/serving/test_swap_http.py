@@ -268,7 +268,11 @@ def test_running_requests(server, fault, pause):
             running = server.begin(pool, 3, max_tokens=tokens)
         assert swap.result()[0] == 200
         reasons = [r.result().json()["choices"][0]["finish_reason"] for r in running]
-    assert reasons == ["abort" if pause == "abort" else "length"] * 3
+    if pause == "abort":  # of those that had not ended by then
+        assert "abort" in reasons
+        assert set(reasons) <= {"abort", "length"}
+    else:
+        assert reasons == ["length"] * 3
 
 
 def test_an_answer_tells_the_version_it_ended_with(server, fault):

@@ -16,7 +16,7 @@ from enchtable_vllm.serving import compat, compat_swap, metrics
 from enchtable_vllm.serving.config import LoaderConfig
 from enchtable_vllm.serving.http.admin import HEADER, AdminToken
 from enchtable_vllm.serving.http.version_header import VersionHeader, note
-from enchtable_vllm.serving.swap.errors import STATUS, SwapError
+from enchtable_vllm.serving.swap.errors import CODES, SwapError
 from enchtable_vllm.serving.swap.request import RollbackRequest, SwapRequest, schema
 from enchtable_vllm.serving.swap.service import SwapService
 
@@ -151,7 +151,8 @@ class EnchTableEndpoints:
 
 def _documented_errors() -> dict[int | str, dict[str, Any]]:
     codes: dict[int | str, dict[str, Any]] = {}
-    for code, status in STATUS.items():
+    for name, (status, meaning) in CODES.items():
         known = codes.setdefault(status, {"description": ""})
-        known["description"] = ", ".join(filter(None, (known["description"], f"`{code}`")))
+        described = f"`{name}`: {meaning}"
+        known["description"] = "\n\n".join(filter(None, (known["description"], described)))
     return codes

@@ -2,26 +2,50 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
-#: Code → HTTP status. The whole list: docs/http-api.md.
-STATUS = {
-    "admin_token_missing": 401,
-    "admin_token_wrong": 403,
-    "unknown_vector": 404,
-    "swap_in_progress": 409,
-    "wrong_epoch": 409,
-    "nothing_to_roll_back": 409,
-    "paused_by_another": 409,
-    "invalid_request": 422,
-    "no_plan": 422,
-    "not_swappable": 422,
-    "refused": 422,
-    "undone": 500,
-    "failed": 503,
-    "not_ready": 503,
-    "timeout": 504,
-    "does_not_fit": 507,
+
+class Code(NamedTuple):
+    """What a code stands for.
+
+    Attributes:
+        status: Of the HTTP response.
+        meaning: For people; docs/http-api.md has the list.
+    """
+
+    status: int
+    meaning: str
+
+
+CODES = {
+    "admin_token_missing": Code(401, "the header is not there"),
+    "admin_token_wrong": Code(403, "it is not the token"),
+    "unknown_vector": Code(404, "the root has no such vector, or the repository is not allowed"),
+    "swap_in_progress": Code(409, "another swap holds the lock; nothing was done"),
+    "wrong_epoch": Code(409, "the server is not at `expected_epoch`"),
+    "nothing_to_roll_back": Code(
+        409, "nothing was swapped since the start, or all of it was rolled back"
+    ),
+    "paused_by_another": Code(409, "generation was paused already, and not by a swap"),
+    "invalid_request": Code(422, "a key, a type or a range"),
+    "no_plan": Code(422, "no plan for this task model; `fix` is the command"),
+    "not_swappable": Code(422, "this server's model cannot be swapped; the reason says why"),
+    "refused": Code(
+        422,
+        "vector, plan and task model do not fit, or their bytes are wrong; `kind` is the error's "
+        "class",
+    ),
+    "undone": Code(
+        500,
+        "a rank failed while committing; every rank is back on the old vector, and generation "
+        "goes on",
+    ),
+    "failed": Code(503, "and that did not succeed: generation stays paused, readiness is 503"),
+    "not_ready": Code(503, "the engine does not answer"),
+    "timeout": Code(504, "staging took too long; nothing was changed"),
+    "does_not_fit": Code(
+        507, "old and new tensors would not fit into the host memory that may be used"
+    ),
 }
 
 
@@ -29,7 +53,7 @@ class SwapError(Exception):
     """A swap, or a question about one, that was not answered as asked.
 
     Args:
-        code: One of `STATUS`.
+        code: One of `CODES`.
         message: What is wrong.
         fix: What to do about it.
         kind: The class of the error behind it, if there is one.
@@ -37,7 +61,7 @@ class SwapError(Exception):
 
     def __init__(self, code: str, message: str, fix: str = "", kind: str = "") -> None:
         super().__init__(message)
-        self.code = code if code in STATUS else "refused"
+        self.code = code if code in CODES else "refused"
         self.message = message
         self.fix = fix
         self.kind = kind
@@ -51,7 +75,7 @@ class SwapError(Exception):
     @property
     def status(self) -> int:
         """Of the HTTP response."""
-        return STATUS[self.code]
+        return CODES[self.code].status
 
     def to_json(self) -> dict[str, Any]:
         """The body of the HTTP response."""

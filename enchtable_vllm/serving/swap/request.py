@@ -38,8 +38,9 @@ class RollbackRequest(_Request):
     """Go back to what was served before the last swap.
 
     Attributes:
-        pause: What becomes of running requests: they are kept, waited for, or aborted.
-        expected_epoch: Refuse unless the server is at this epoch.
+        pause: What becomes of running requests: ``keep`` (they go on afterwards), ``wait`` (for
+            them), ``abort``.
+        expected_epoch: Refuse unless the server is at this epoch. Default: whatever it is at.
         timeout_seconds: For staging.
     """
 
@@ -54,9 +55,9 @@ class SwapRequest(RollbackRequest):
     Attributes:
         safety_vector: A name of the vector root, an allowed repository at its commit,
             ``@current``, or ``@none``.
-        beta: Another β than the plan's.
-        dry_run: Stage and check on every rank, and change nothing.
-        persist: Also write the root's ``current.json``.
+        beta: Another β than the plan's; positive and finite.
+        dry_run: Stage and check on every rank, then drop it: nothing is paused or changed.
+        persist: Also write the root's ``current.json``, so that restarted servers agree.
     """
 
     safety_vector: Annotated[str, Field(min_length=1, max_length=300)]
