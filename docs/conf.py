@@ -22,6 +22,7 @@ MENU = {
         "fleet",
         "deploy",
         "runbook",
+        "signing",
         "quantise",
         "doctor",
         "troubleshooting",

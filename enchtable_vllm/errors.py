@@ -69,6 +69,10 @@ class SafetyVectorError(EnchTableError):
     """A safety vector is malformed, corrupt, or not what its manifest says."""
 
 
+class SignatureError(EnchTableError):
+    """A vector is not signed, not by whom it must be, or was changed since."""
+
+
 class MergePlanError(EnchTableError):
     """A merge plan is malformed or contradicts itself."""
 

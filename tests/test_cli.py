@@ -136,6 +136,7 @@ def test_low_retained_share_warns(family, tmp_path):
 
 
 COMMANDS = [[], ["vector"], ["vector", "build"], ["vector", "inspect"], ["vector", "verify"],
+            ["vector", "sign"],
             ["distill"], ["plan"], ["merge"], ["doctor"], ["demo"],
             ["status"], ["swap"], ["rollback"], ["rollout"]]  # fmt: skip
 

@@ -19,6 +19,7 @@ ORDER = [
     "fleet",
     "serving",
     "merge",
+    "signing",
     "plan",
     "vector",
     "checkpoint",
@@ -69,6 +70,15 @@ def test_vllm_internals_are_touched_in_two_modules_only():
     assert users == {"compat.py", "compat_swap.py"}
 
 
+def test_model_signing_is_touched_in_one_module_only():
+    users = {
+        path.name
+        for path in FILES
+        if any(module.split(".")[0] == "model_signing" for module in imports(path))
+    }
+    assert users == {"library.py"}
+
+
 @pytest.mark.parametrize("path", KERNELS, ids=lambda p: p.name)
 def test_kernels_import_array_libraries_only(path):
     allowed = {"torch", "triton", "numba", "numpy", "enchtable_kernels", *sys.stdlib_module_names}
@@ -102,6 +112,7 @@ def test_what_is_imported_is_declared():
     extras = {
         "evaluate": {"inspect_ai", "openai", "matplotlib", "anyio"},  # inspect brings anyio
         "cli": {"inspect_ai", "openai"},
+        "signing": {"model_signing", "cryptography"},  # which model-signing brings
         "plan": {"ray"},
     }
     assert {

@@ -20,6 +20,7 @@ def test_every_command_is_documented():
         "vector build",
         "vector factor",
         "vector inspect",
+        "vector sign",
         "vector verify",
         "plan",
         "merge",

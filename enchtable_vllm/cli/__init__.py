@@ -22,7 +22,7 @@ from enchtable_vllm.errors import ConfigError, EnchTableError
 #: may not be there, and may be what 'doctor' is to find broken.
 COMMANDS = {
     "distill": "Distil a safety vector: train a surrogate toward compliance, and subtract it.",
-    "vector": "Build, inspect and verify safety vectors.",
+    "vector": "Build, inspect, sign and verify safety vectors.",
     "plan": "Plan a merge: how much of the safety vector each matrix of a fine-tune can take.",
     "merge": "Merge offline, for whoever does not run vLLM.",
     "doctor": "Check this environment, and what a server would do with a model.",

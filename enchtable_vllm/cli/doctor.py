@@ -14,6 +14,7 @@ from enchtable_vllm.cli.output import out, print_json, say
 from enchtable_vllm.doctor import Finding, Status
 from enchtable_vllm.doctor.environment import check_environment
 from enchtable_vllm.doctor.folders import check_cache, check_vector_root
+from enchtable_vllm.doctor.signatures import check_signatures
 
 _COLOURS: dict[Status, str] = {"ok": "green", "warn": "yellow", "fail": "red", "skip": "dim"}
 
@@ -32,6 +33,10 @@ def doctor(
     vector_root: Annotated[
         Path | None, typer.Option(help="Check a folder of vectors and its permissions.")
     ] = None,
+    require_signature: Annotated[
+        str | None,
+        typer.Option(help="Check this requirement: a public key, or the loader's JSON object."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
 ) -> None:
     """Check this environment, and what a server would do with a model.
@@ -48,8 +53,10 @@ def doctor(
     findings = [*check_environment(), check_cache()]
     if vector_root is not None:
         findings += check_vector_root(vector_root)
+    if require_signature is not None:
+        findings += check_signatures(require_signature, vector_root)
     if model is not None:
-        findings += _dry_run(model, safety_vector, base_model, merge_plan)
+        findings += _dry_run(model, safety_vector, base_model, merge_plan, require_signature)
     counts = Counter(finding.status for finding in findings)
     if as_json:
         found = [finding.to_json() for finding in findings]
@@ -62,13 +69,17 @@ def doctor(
 
 
 def _dry_run(
-    model: str, safety_vector: str | None, base_model: str | None, merge_plan: str | None
+    model: str,
+    safety_vector: str | None,
+    base_model: str | None,
+    merge_plan: str | None,
+    require_signature: str | None,
 ) -> list[Finding]:
     try:
         from enchtable_vllm.doctor.dry_run import Question, dry_run
     except ImportError as error:  # no torch, or one that does not import: see its own finding
         return [Finding("dry run", "skip", "models cannot be read here", f"{error}")]
-    return dry_run(Question(model, safety_vector, base_model, merge_plan))
+    return dry_run(Question(model, safety_vector, base_model, merge_plan, require_signature))
 
 
 def _print(findings: list[Finding]) -> None:

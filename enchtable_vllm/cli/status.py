@@ -51,13 +51,14 @@ def _print(url: str, said: Status) -> None:
         "task model": f"{_text(said.task_model.id)} {_short(said.task_model.fingerprint)}",
         "safety vector": f"{_text(active.safety_vector)} {_short(active.vector_digest)}",
         "plan": f"{_short(active.plan_digest)}, beta {active.beta}, scope {_text(active.scope)}",
+        "signed": _text(active.signed_by or "not required"),
         "merged": f"{active.merged} tensors, retained share {active.retained_share}",
         "version": f"{_text(said.weight_version)}, epoch {said.epoch}",
         "desired": "nothing" if desired is None else _text(desired.safety_vector),
         "rolls back to": _text(said.rolls_back_to or "nothing"),
     }
     if active.safety_vector == NO_VECTOR:
-        del rows["plan"], rows["merged"]
+        del rows["plan"], rows["signed"], rows["merged"]
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")

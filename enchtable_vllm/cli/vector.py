@@ -1,4 +1,4 @@
-"""``enchtable vector``: build, inspect, verify."""
+"""``enchtable vector``: build, inspect, sign, verify."""
 
 from __future__ import annotations
 
@@ -15,14 +15,18 @@ from enchtable_vllm.checkpoint.files import read_json
 from enchtable_vllm.checkpoint.safetensors_file import stored_bytes
 from enchtable_vllm.cli.options import DeviceOption, JobsOption, check_device
 from enchtable_vllm.cli.output import out, print_json, progress_bar, say, warn
+from enchtable_vllm.cli.sign import RequireSignatureOption, sign, signed_by
 from enchtable_vllm.errors import ConfigError, SafetyVectorError
 from enchtable_vllm.vector import SafetyVector, Scope, add_factors, build_vector
 from enchtable_vllm.vector.build import StoredDtype
 from enchtable_vllm.vector.factor_files import factor_bytes, verify_factors
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, help="Build, inspect and verify safety vectors."
+    no_args_is_help=True,
+    add_completion=False,
+    help="Build, inspect, sign and verify safety vectors.",
 )
+app.command()(sign)
 
 VectorArgument = Annotated[str, typer.Argument(help="Folder, or Hub id\\[@revision].")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
@@ -132,8 +136,16 @@ def inspect(vector: VectorArgument, as_json: JsonOption = False) -> None:
 
 
 @app.command()
-def verify(vector: VectorArgument, as_json: JsonOption = False) -> None:
-    """Check every byte against the manifest's digests, and every norm and value."""
+def verify(
+    vector: VectorArgument,
+    require_signature: RequireSignatureOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check every byte against the manifest's digests, and every norm and value.
+
+    With --require-signature first every file, the plans too, against its signature.
+    """
+    signature = signed_by(vector, require_signature)
     opened = SafetyVector.open(vector)
     names = list(opened.tensors)
     with progress_bar("Verifying") as progress:
@@ -150,8 +162,11 @@ def verify(vector: VectorArgument, as_json: JsonOption = False) -> None:
         )
     verify_factors(opened)
     if as_json:
-        print_json(_summary(opened) | {"verified": True})
+        signer = {} if signature is None else {"signed_by": signature[0]}
+        print_json(_summary(opened) | {"verified": True} | signer)
     else:
+        if signature is not None:
+            say(f"{signature[1]} files verified, signed: {signature[0]}")
         say(f"{len(names)} tensors verified: {opened.name} {opened.fingerprint}")
 
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
@@ -17,6 +18,7 @@ from enchtable_vllm.plan import PLAN_FILE
 from enchtable_vllm.plan.classify import classify
 from enchtable_vllm.serving.config import LoaderConfig
 from enchtable_vllm.serving.prepare import prepare_model
+from enchtable_vllm.signing import parse_requirement
 from enchtable_vllm.vector import SCOPES, SafetyVector, in_scope
 
 
@@ -27,12 +29,14 @@ class Question:
     Attributes:
         model: The task model: folder or Hub id.
         safety_vector, base_model, merge_plan: As in ``--model-loader-extra-config``.
+        require_signature: Likewise, or the path of a public key.
     """
 
     model: str
     safety_vector: str | None = None
     base_model: str | None = None
     merge_plan: str | None = None
+    require_signature: str | None = None
 
 
 def dry_run(question: Question) -> list[Finding]:
@@ -50,11 +54,13 @@ def _look(question: Question) -> Iterator[Finding]:
     task = Checkpoint(folder, what="task model")
     yield _describe(task)
     task.refuse_quantized()
-    keys = {
+    keys: dict[str, Any] = {
         "safety_vector": question.safety_vector,
         "base_model": question.base_model,
         "merge_plan": question.merge_plan,
     }
+    if question.require_signature is not None:
+        keys["require_signature"] = parse_requirement(question.require_signature)
     config = LoaderConfig.parse({key: value for key, value in keys.items() if value is not None})
     if config.base_model is not None:
         assert config.safety_vector is not None  # LoaderConfig sees to it
@@ -131,7 +137,8 @@ def _with_plan(config: LoaderConfig, folder: Path) -> Finding:
         "ok",
         f"would {counts}; beta {resolved.beta:g}, scope {resolved.scope}, median attenuation "
         f"{resolved.median_attenuation:.3f}; vector '{prepared.vector.name}' "
-        f"{short(prepared.vector.fingerprint)}, plan {short(resolved.digest)}",
+        f"{short(prepared.vector.fingerprint)}, plan {short(resolved.digest)}"
+        + (f"; signed: {prepared.signed_by}" if prepared.signed_by else ""),
     )
 
 

@@ -41,6 +41,7 @@ class Active(Document):
     plan_digest: str | None
     beta: float | None
     scope: str | None = None
+    signed_by: str | None = None
     merged: int = 0
     retained_share: float | None = None
 

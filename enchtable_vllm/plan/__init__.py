@@ -9,7 +9,13 @@ from enchtable_vllm.plan.merge_plan import (
     VectorLocation,
     VectorReference,
 )
-from enchtable_vllm.plan.resolve import ResolvedPlan, read_plan, resolve_plan
+from enchtable_vllm.plan.resolve import (
+    ResolvedPlan,
+    plan_digest,
+    read_plan,
+    read_plan_bytes,
+    resolve_plan,
+)
 
 __all__ = [
     "PLAN_FILE",
@@ -23,6 +29,8 @@ __all__ = [
     "VectorReference",
     "compute_plan",
     "open_masks",
+    "plan_digest",
     "read_plan",
+    "read_plan_bytes",
     "resolve_plan",
 ]

@@ -122,9 +122,19 @@ def read_plan(path: Path) -> tuple[MergePlan, str]:
     Raises:
         MergePlanError: It is missing, no file, not JSON, or not a plan.
     """
+    plan, data = read_plan_bytes(path)
+    return plan, plan_digest(data)
+
+
+def read_plan_bytes(path: Path) -> tuple[MergePlan, bytes]:
+    """A plan file, and the bytes that it was read from.
+
+    Raises:
+        MergePlanError: As `read_plan`.
+    """
     try:
         _, data = read_json(path)
-        plan = MergePlan.model_validate_json(data)
+        return MergePlan.model_validate_json(data), data
     except OSError as error:
         raise MergePlanError(
             f"merge plan '{path}'",
@@ -139,7 +149,11 @@ def read_plan(path: Path) -> tuple[MergePlan, str]:
             got=describe_fault(error),
             fix="Make it again with 'enchtable plan'.",
         ) from error
-    return plan, f"blake3:{blake3(data).hexdigest()}"
+
+
+def plan_digest(data: bytes) -> str:
+    """``blake3:…`` of a plan file's bytes."""
+    return f"blake3:{blake3(data).hexdigest()}"
 
 
 def norm_scale(beta: float, task_norm: float, safety_norms: Iterable[float]) -> tuple[float, float]:

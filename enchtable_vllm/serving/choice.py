@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from enchtable_vllm.checkpoint.location import on_hub
-from enchtable_vllm.errors import ConfigError, UnknownVectorError
+from enchtable_vllm.errors import ConfigError, SignatureError, UnknownVectorError
+from enchtable_vllm.plan import read_plan
 from enchtable_vllm.plan.vector_root import (
     CURRENT,
     CURRENT_FILE,
@@ -33,6 +34,16 @@ class Choice:
 
     name: str | None
     config: LoaderConfig | None
+
+    def verified(self) -> Choice:
+        """The same, of what is served: its signature was verified when it came.
+
+        What is read again must be that very vector and plan, digest by digest, whoever signed it;
+        so a key that is not trusted any more is no reason to stay with what it signed.
+        """
+        if self.config is None:
+            return self
+        return Choice(self.name, self.config.model_copy(update={"require_signature": None}))
 
 
 def choose_at_start(start: LoaderConfig, task: OpenTask) -> Choice:
@@ -63,22 +74,51 @@ def choose(start: LoaderConfig, asked: str, beta: float | None, task: OpenTask) 
 
     Raises:
         UnknownVectorError: Neither the root nor the allowed repositories hold it.
+        SignatureError: It asks for what nobody can have signed.
         EnchTableError: As `choose_at_start`.
     """
-    if asked == NO_VECTOR:
-        return Choice(NO_VECTOR, None)
     if asked == CURRENT:
         return _current(start, task)
-    if asked in start.allowed_repositories:
-        return _from_hub(start, asked, beta, task)
-    if start.vector_root is not None:
-        return _from_root(start, asked, beta, task)
+    signed_only = start.require_signature is not None
+    if asked == NO_VECTOR:
+        if signed_only:
+            raise _unsignable(asked, "no vector")
+        return Choice(NO_VECTOR, None)
+    if asked in start.allowed_repositories or start.vector_root is not None:
+        find = _from_hub if asked in start.allowed_repositories else _from_root
+        choice = find(start, asked, beta, task)
+        return _with_own_beta(choice) if signed_only else choice
     raise UnknownVectorError(
         f"safety vector '{asked}'",
         expected=f"one of {start.allowed_repositories}, or a 'vector_root' in "
         "--model-loader-extra-config",
         got="neither",
         fix="Start the server with a folder of vectors that it may swap in.",
+    )
+
+
+def _with_own_beta(choice: Choice) -> Choice:
+    """The same, with the β of the plan that will be verified, and no other.
+
+    A β next to nothing serves next to no vector, which whoever may not sign must not be able to.
+    """
+    assert choice.config is not None
+    assert choice.config.merge_plan is not None  # a plan that is computed cannot have been signed
+    beta = choice.config.beta
+    if beta is None:
+        return choice
+    own = read_plan(Path(choice.config.merge_plan))[0].beta
+    if beta != own:
+        raise _unsignable(f"{choice.name}' with beta '{beta}", f"a plan with beta {own}")
+    return Choice(choice.name, choice.config.model_copy(update={"beta": None}))
+
+
+def _unsignable(asked: str, got: str) -> SignatureError:
+    return SignatureError(
+        f"safety vector '{asked}'",
+        expected="what was signed, as 'require_signature' demands: a vector with its plan's beta",
+        got=got,
+        fix="Name a signed vector; another beta is another plan, to be made and signed.",
     )
 
 

@@ -8,7 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from enchtable_vllm.errors import ConfigError
 from enchtable_vllm.merge.report import Rounding
-from enchtable_vllm.plan.vector_root import CURRENT, Beta, is_pinned_repository
+from enchtable_vllm.plan.vector_root import CURRENT, NO_VECTOR, Beta, is_pinned_repository
+from enchtable_vllm.signing import Requirement
 from enchtable_vllm.vector import Scope
 from enchtable_vllm.vector.safety_vector import describe_fault
 
@@ -39,6 +40,8 @@ class LoaderConfig(BaseModel):
         allowed_repositories: Hub repositories that may be swapped in, ``org/name@COMMIT`` each.
         staging_gib: The most host memory that a swap may take on this machine, all ranks
             together. Default: half of what is free.
+        require_signature: Who must have signed a vector and its plan: nothing else is loaded or
+            swapped in, no vector at all neither. See docs/signing.md.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -55,6 +58,7 @@ class LoaderConfig(BaseModel):
     vector_root: Reference | None = None
     allowed_repositories: list[Reference] = []
     staging_gib: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    require_signature: Requirement | None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -70,6 +74,10 @@ class LoaderConfig(BaseModel):
             raise ValueError(f"with '{CURRENT}' beta and plan are those that the root names")
         if unpinned := [r for r in self.allowed_repositories if not is_pinned_repository(r)]:
             raise ValueError(f"'allowed_repositories': {unpinned[0]!r} is not 'org/name@COMMIT'")
+        if self.require_signature and self.base_model:
+            raise ValueError("'require_signature' excludes 'base_model': a plan is signed ahead")
+        if self.require_signature and self.safety_vector == NO_VECTOR:
+            raise ValueError(f"'require_signature' excludes '{NO_VECTOR}', which nobody signed")
         return self
 
     @classmethod

@@ -144,7 +144,8 @@ class EnchTableModelLoader(compat.BaseModelLoader):  # type: ignore[misc]  # vll
                 got="a model that stopped reading before the end",
                 fix="Report this with the model's architecture; it cannot be served merged.",
             )
-        active = Active(found.choice, stream.report, found.prepared.plan_source)
+        prepared = found.prepared
+        active = Active(found.choice, stream.report, prepared.plan_source, prepared.signed_by)
         self._enter(model, found.task, active)
 
     def get_all_weights(
@@ -205,9 +206,10 @@ class EnchTableModelLoader(compat.BaseModelLoader):  # type: ignore[misc]  # vll
         if choice.config is None:
             return _Found(task, choice, None)
         plans_on = str(device) if device.type == "cuda" else "cpu"
-        return _Found(
-            task, choice, prepare(choice.config, task, device=plans_on, progress=progress)
-        )
+        prepared = prepare(choice.config, task, device=plans_on, progress=progress)
+        if prepared.signed_by is not None:
+            _log.info("safety vector '%s' is signed: %s", prepared.vector.name, prepared.signed_by)
+        return _Found(task, choice, prepared)
 
     def _enter(self, model: torch.nn.Module, task: OpenTask, active: Active) -> None:
         """Remember what was loaded, here and for the API servers."""

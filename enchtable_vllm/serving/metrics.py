@@ -94,6 +94,10 @@ class ServerMetrics:
         )
         self._ready = gauge("enchtable_ready", "1: every rank serves what it should.")
         self._unmerged = gauge("enchtable_unmerged", "1: no safety vector is served.")
+        self._signed = gauge(
+            "enchtable_signed",
+            "1: what is served is signed, as require_signature demands; 0: nobody asked.",
+        )
         self._differs = gauge(
             "enchtable_desired_differs",
             "1: the vector root's current.json asks for something else.",
@@ -195,6 +199,7 @@ class ServerMetrics:
         self._epoch.set(epoch)
         self._ready.set(bool(status["ready"]))
         self._unmerged.set(not merged)
+        self._signed.set(active.get("signed_by") is not None)
         self._differs.set(status.get("as_desired") is False)
         self._disagreeing.set(status.get("disagreeing") or 0)
         for fate in ("merged", "kept", "filtered", "refused"):

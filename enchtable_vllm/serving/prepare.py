@@ -26,13 +26,15 @@ from enchtable_vllm.plan import (
     PlanOptions,
     ResolvedPlan,
     open_masks,
-    read_plan,
+    plan_digest,
+    read_plan_bytes,
     resolve_plan,
 )
 from enchtable_vllm.plan.cache import cached_plan
 from enchtable_vllm.plan.merge_plan import MASKS_STEM
 from enchtable_vllm.progress import Progress, silent
 from enchtable_vllm.serving.config import LoaderConfig
+from enchtable_vllm.signing import open_signed
 from enchtable_vllm.vector import SafetyVector
 from enchtable_vllm.vector.safety_vector import VECTOR_PATTERNS
 
@@ -83,6 +85,7 @@ class Prepared:
         masks: The plan's, if it has any.
         config: What they were found by.
         plan_source: Where the plan came from.
+        signed_by: Who signed vector and plan; None: nobody had to.
     """
 
     task: OpenTask
@@ -91,6 +94,7 @@ class Prepared:
     masks: MergeMasks | None
     config: LoaderConfig
     plan_source: PlanSource
+    signed_by: str | None = None
 
 
 def open_task(
@@ -129,7 +133,7 @@ def prepare(
     Raises:
         EnchTableError: Anything is missing, malformed, or does not belong together.
     """
-    masks, source = None, MADE_AHEAD
+    masks, source, signed_by = None, MADE_AHEAD, None
     if config.base_model is not None:
         assert config.safety_vector is not None  # LoaderConfig sees to it
         vector = SafetyVector.open(config.safety_vector, cache_dir=task.cache_dir)
@@ -140,15 +144,20 @@ def prepare(
         source = PlanSource("hit" if hit else "miss", time.perf_counter() - began)
     else:
         path = _find_plan(config, task.location, task.cache_dir)
-        plan, digest = read_plan(path)
-        vector = _open_vector(config, plan, path, task.cache_dir)
+        plan, data = read_plan_bytes(path)
+        digest = plan_digest(data)
+        location = _locate_vector(config, plan, path, task.cache_dir)
+        vector, signature = open_signed(location, config.require_signature)
+        if signature is not None:
+            signature.vouch_plan(path, data)
+            signed_by = signature.signed_by
         masks = open_masks(plan, path)
     resolved = resolve_plan(plan, digest, beta=config.beta, scope=config.scope)
     resolved.check_vector(vector)
     resolved.check_task_model(task.fingerprint, task.checkpoint.what)
     resolved.check_headers(task.checkpoint, vector)
     check_rounding(config.rounding, resolved, task.checkpoint)
-    return Prepared(task, resolved, vector, masks, config, source)
+    return Prepared(task, resolved, vector, masks, config, source, signed_by)
 
 
 def prepare_model(
@@ -221,11 +230,16 @@ def _is_folder(path: Path) -> bool:
         return False
 
 
-def _open_vector(
+def _locate_vector(
     config: LoaderConfig, plan: MergePlan, path: Path, cache_dir: str | None
-) -> SafetyVector:
+) -> Location:
     if config.safety_vector is not None:
-        return SafetyVector.open(config.safety_vector, cache_dir=cache_dir)
+        return locate(
+            config.safety_vector,
+            cache_dir=cache_dir,
+            allow_patterns=VECTOR_PATTERNS,
+            what="safety vector",
+        )
     where = plan.safety_vector.location
     if where is None:
         raise MergePlanError(
@@ -236,14 +250,12 @@ def _open_vector(
             fix="Name the vector, or put it inside the model's folder and plan again.",
         )
     if where.repo_id is not None:
-        return SafetyVector(
-            on_hub(
-                where.repo_id,
-                where.commit,
-                cache_dir=cache_dir,
-                allow_patterns=VECTOR_PATTERNS,
-                what="safety vector",
-            )
+        return on_hub(
+            where.repo_id,
+            where.commit,
+            cache_dir=cache_dir,
+            allow_patterns=VECTOR_PATTERNS,
+            what="safety vector",
         )
     assert where.path is not None  # VectorLocation holds one of the two
     folder = path.parent / where.path
@@ -254,4 +266,4 @@ def _open_vector(
             got=f"'{where.path}', a link to '{folder.resolve()}'",
             fix="Name the vector with 'safety_vector' in --model-loader-extra-config.",
         )
-    return SafetyVector(local(folder))
+    return local(folder)

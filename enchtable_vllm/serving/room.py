@@ -51,11 +51,13 @@ class Active:
         choice: What was asked for.
         report: The outcome; None: no vector.
         plan_source: Where the plan came from.
+        signed_by: Who signed vector and plan; None: nobody had to.
     """
 
     choice: Choice
     report: MergeReport | None
     plan_source: PlanSource = MADE_AHEAD
+    signed_by: str | None = None
 
     @property
     def name(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -28,12 +29,16 @@ from enchtable_vllm.vector.format import (
 VECTOR_PATTERNS = (f"{VECTOR_FILE_STEM}.*", f"{VECTOR_FILE_STEM}-*", "README.md")
 FACTORS_PATTERN = f"{FACTORS_FILE_STEM}*"
 
+#: Refuses a file by its name and its bytes, before they are parsed.
+Vouch = Callable[[str, bytes], None]
+
 
 class SafetyVector:
     """A vector folder, its manifest and headers checked against each other.
 
     Args:
         location: Where it is.
+        vouch: Asked for the manifest, which holds the digests of all else: whether it was signed.
 
     Attributes:
         name: The folder's or the repository's name, for people.
@@ -44,14 +49,15 @@ class SafetyVector:
     Raises:
         SafetyVectorError: The manifest is missing or malformed, or disagrees with the files.
         CheckpointError: A file is missing or truncated.
+        SignatureError: By ``vouch``.
     """
 
-    def __init__(self, location: Location) -> None:
+    def __init__(self, location: Location, *, vouch: Vouch = lambda _file, _data: None) -> None:
         self.location = location
         self.name = location.repo_id or location.path.name
         self.what = f"safety vector '{location}'"
         self._refuse_links_out()
-        self.manifest = self._read_manifest()
+        self.manifest = self._read_manifest(vouch)
         self._files = Checkpoint(location.path, stem=VECTOR_FILE_STEM, what="safety vector")
         self._check_headers()
         self.fingerprint = content_fingerprint(
@@ -156,7 +162,7 @@ class SafetyVector:
                 fix="Check the path, and put the files themselves there.",
             ) from error
 
-    def _read_manifest(self) -> VectorManifest:
+    def _read_manifest(self, vouch: Vouch) -> VectorManifest:
         path = self.location.path / VECTOR_MANIFEST
         if not is_there(path):
             raise SafetyVectorError(
@@ -166,7 +172,9 @@ class SafetyVector:
                 fix="Build one with 'enchtable vector build', or check the path.",
             )
         try:
-            return VectorManifest.model_validate_json(read_json(path)[1])
+            _, data = read_json(path)
+            vouch(VECTOR_MANIFEST, data)
+            return VectorManifest.model_validate_json(data)
         except (OSError, ValueError) as error:  # a ValidationError is a ValueError
             raise SafetyVectorError(
                 f"{self.what}, {VECTOR_MANIFEST}",

@@ -44,6 +44,7 @@ def describe_active(active: Active) -> dict[str, Any]:
     found: dict[str, Any] = {
         "safety_vector": active.name,
         "weight_version": active.weight_version,
+        "signed_by": active.signed_by,
         **active.identity,
     }
     if report is None:

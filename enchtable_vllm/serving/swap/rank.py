@@ -297,9 +297,13 @@ class Rank:
             else:
                 choice = choose(self._room.start, safety_vector, beta, task)
             active = self._room.active
-            old, new = self._prepare(active.choice, task), self._prepare(choice, task)
+            old, new = self._prepare(active.choice.verified(), task), self._prepare(choice, task)
+            signed_by = new.signed_by if new else None
+            if signed_by is not None:
+                _log.info("safety vector '%s' is signed: %s", choice.name, signed_by)
             if (merge_identity(new), choice.name) == (active.identity, active.name):
-                swap.wanted, swap.staged = Active(choice, active.report), NOTHING
+                swap.wanted = Active(choice, active.report, signed_by=signed_by)
+                swap.staged = NOTHING
                 return
             job = StagingJob(
                 task,
@@ -315,7 +319,7 @@ class Rank:
             staged = job.run()
             self._refuse_another(active, Active(choice, staged.old.report))
             source = new.plan_source if new else MADE_AHEAD
-            wanted = Active(choice, staged.new.report, source)
+            wanted = Active(choice, staged.new.report, source, signed_by)
             if swap.back_to is not None:
                 self._refuse_another(swap.back_to, wanted)
             swap.wanted = wanted

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from typing import Any, Protocol
 
+from enchtable_vllm.checkpoint import local
 from enchtable_vllm.errors import EnchTableError
 from enchtable_vllm.plan.vector_root import VectorRoot
 from enchtable_vllm.serving import compat, compat_swap
@@ -17,13 +18,20 @@ from enchtable_vllm.serving.swap.errors import SwapError
 from enchtable_vllm.serving.swap.rank import WORKER_METHOD
 from enchtable_vllm.serving.swap.request import RollbackRequest, SwapRequest
 from enchtable_vllm.serving.swap.transaction import Transaction
-from enchtable_vllm.vector import SafetyVector
+from enchtable_vllm.signing import open_signed
 
 _log = compat.logger("swap")
 
 #: A readiness probe needs no token: however often it is asked, the engine is asked once a second.
 _READY_SECONDS = 1.0
 _ANSWER_SECONDS = 10.0
+#: Errors that are a vector's, or a plan's, and no request's.
+_NOT_AS_THEY_SHOULD_BE = (
+    "SafetyVectorError",
+    "NonFiniteError",
+    "MismatchError",
+    "SignatureError",
+)
 #: How often the root's ``current.json`` and the other API servers' swaps are looked for.
 _WATCH_SECONDS = 5.0
 
@@ -60,6 +68,7 @@ class SwapService:
         self._observer = observer
         self._root_path = config.vector_root
         self._allowed = config.allowed_repositories
+        self._required = config.require_signature
         self._plans_itself = config.base_model is not None
         self._running: set[asyncio.Task[dict[str, Any]]] = set()
         self._ready: tuple[float, bool, str | None] = (-_READY_SECONDS, False, None)
@@ -174,7 +183,7 @@ class SwapService:
 
     def _tell(self, error: SwapError, transaction: Transaction) -> None:
         _log.warning("swap not done (%s): %s", error.code, error.message)
-        if error.kind in ("SafetyVectorError", "NonFiniteError", "MismatchError"):
+        if error.kind in _NOT_AS_THEY_SHOULD_BE:
             self._observer.verification_failed(error.kind)
         if error.code not in ("swap_in_progress", "wrong_epoch"):
             self._observer.swapped(transaction.record.to_json())
@@ -260,9 +269,11 @@ class SwapService:
         found = []
         for name in root.names() if root else ():
             entry: dict[str, Any] = {"name": name, "digest": None, "planned": False, "fault": None}
+            entry["signed_by"] = None
             try:
                 assert root is not None
-                vector = SafetyVector.open(root.folder(name))
+                vector, signature = open_signed(local(root.folder(name)), self._required)
+                entry["signed_by"] = signature and signature.signed_by
                 entry["digest"] = vector.fingerprint
                 entry["scope"] = vector.manifest.scope
                 entry["tensors"] = len(vector.tensors)
@@ -275,7 +286,8 @@ class SwapService:
         for name in self._allowed:
             active = name == status["active"]["safety_vector"]
             found.append(
-                {"name": name, "digest": None, "planned": None, "fault": None, "active": active}
+                {"name": name, "digest": None, "planned": None, "fault": None}
+                | {"signed_by": None, "active": active}
             )
         return found
 
