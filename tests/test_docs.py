@@ -81,7 +81,8 @@ def test_a_command_is_one_that_there_is(page, command, tmp_path, monkeypatch):
     if is_synopsis(command):
         assert options_of(command) <= offered_by(leaf)
         return
-    (tmp_path / "safety-vector").mkdir()  # what must exist to be named
+    for vector in ("safety-vector", "VECTOR"):
+        (tmp_path / vector).mkdir()  # what must exist to be named
     monkeypatch.chdir(tmp_path)
     leaf.make_context(page, arguments)
 

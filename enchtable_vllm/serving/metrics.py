@@ -96,7 +96,7 @@ class ServerMetrics:
         self._unmerged = gauge("enchtable_unmerged", "1: no safety vector is served.")
         self._signed = gauge(
             "enchtable_signed",
-            "1: what is served is signed, as 'require_signature' demands; 0: nobody asked.",
+            "1: what is served is signed, as require_signature demands; 0: nobody asked.",
         )
         self._differs = gauge(
             "enchtable_desired_differs",
