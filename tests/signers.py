@@ -83,11 +83,13 @@ class Authority:
         file.write_bytes(certificate.public_bytes(s.Encoding.PEM))
         return cls(key, certificate, file)
 
-    def vouch_for(self, folder: Path, name: str, email: str) -> CertificateSigner:
+    def vouch_for(
+        self, folder: Path, name: str, email: str, *, signs: bool = True
+    ) -> CertificateSigner:
         key = ec.generate_private_key(ec.SECP256R1())
         certificate = (
             _certificate(_name(name), self.certificate.subject, key)
-            .add_extension(_usage(signs=True), critical=True)
+            .add_extension(_usage(signs=signs), critical=True)
             .add_extension(x509.SubjectAlternativeName([x509.RFC822Name(email)]), critical=False)
             .sign(self.key, hashes.SHA256())
         )

@@ -29,12 +29,24 @@ def check_signatures(asked: str, root: Path | None) -> list[Finding]:
         return [Finding(_NAME, "skip", f"cannot be checked here: {error}")]
     try:
         requirement = parse_requirement(asked)
+        if not requirement.files:  # a check downloads nothing
+            return [_would_fetch()]
         findings = [_check_requirement(requirement)]
     except EnchTableError as error:
         return [Finding.refused(_NAME, error)]
     folders = sorted(root.iterdir()) if root is not None and root.is_dir() else []
     vectors = [folder for folder in folders if folder.is_dir()]
     return findings + [_check_vector(folder, requirement) for folder in vectors]
+
+
+def _would_fetch() -> Finding:
+    return Finding(
+        _NAME,
+        "warn",
+        "Sigstore's public instance; no signature was checked",
+        "without 'trust_config' each rank fetches its trust root, at each start and swap",
+        "Give 'trust_config', a file: then nothing is fetched, and signatures are checked here.",
+    )
 
 
 def _check_requirement(requirement: Requirement) -> Finding:

@@ -115,6 +115,18 @@ def test_the_doctor_checks_the_key(keys, tmp_path):
     assert found("{}")["required signature"].status == "fail"
 
 
+def test_the_doctor_fetches_nothing(root, monkeypatch):
+    """Where a server would fetch Sigstore's trust root, it is said, and no name is looked up."""
+
+    def asked(*arguments):
+        raise AssertionError(f"the network was asked for {arguments}")
+
+    monkeypatch.setattr("socket.getaddrinfo", asked)
+    public = {"method": "sigstore", "identity": "i", "identity_provider": "https://example.org"}
+    (finding,) = found(json.dumps(public), root.path).values()
+    assert (finding.status, "'trust_config'" in finding.cure) == ("warn", True)
+
+
 def test_the_doctor_checks_every_vector_of_a_root(root, keys):
     for name in ("unsigned", "another", "edited", "replanned"):
         shutil.copytree(root.path / "sv", root.path / name)
