@@ -3,7 +3,7 @@ VENV ?= .venv
 READY := $(VENV)/.ready
 BIN := $(VENV)/bin
 
-.PHONY: help setup system-deps demo test test-gpu test-slow test-matrix supported reference docs dist lint types format bench bench-plan bench-load bench-swap fuzz clean
+.PHONY: help setup system-deps demo test test-gpu test-slow test-matrix supported reference docs dist lint types format bench bench-plan bench-load bench-swap bench-transfer distill-demo fuzz clean
 help: ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /|/' | column -t -s '|'
 
@@ -19,6 +19,9 @@ system-deps: ## Install what the tests need from the system: Debian's prometheus
 demo: $(READY) ## Train, distil, plan, serve a real small model. KEEP=1 leaves it running.
 	@$(BIN)/enchtable demo $(if $(KEEP),--keep) $(if $(PORT),--port $(PORT))
 
+distill-demo: $(READY) ## The demo's models by the commands themselves, judged by the evaluation proper.
+	@$(BIN)/enchtable demo --measure
+
 test: $(READY) ## Run the tests: CPU only, real vLLM, a real small model.
 	@$(BIN)/python -m pytest
 
@@ -33,6 +36,9 @@ bench-load: $(READY) ## Measure weight loading against vLLM's plain loader.
 
 bench-swap: $(READY) ## Measure swapping under load against a restart. SOAK=500
 	@$(BIN)/python benchmarks/swap.py $(if $(SOAK),--soak $(SOAK))
+
+bench-transfer: $(READY) ## Measure what a vector gives back, and at what price; hours. REDUCED=1: 40 minutes.
+	@PYTHONPATH=benchmarks $(BIN)/python -m safety_transfer $(if $(REDUCED),--reduced)
 
 fuzz: $(READY) ## Feed damaged inputs to every reader. FUZZ_SECONDS=36000 for a night.
 	@$(BIN)/python tests/fuzz/fuzzer.py --seconds $(or $(FUZZ_SECONDS),600) --seed $$(date +%s)

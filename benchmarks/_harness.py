@@ -54,7 +54,12 @@ def row(
     return dict(zip(FIELDS, what, strict=True))
 
 
-def write(name: str, rows: list[dict[str, object]], device: str) -> Path:
+def write(
+    name: str,
+    rows: list[dict[str, object]],
+    device: str,
+    fields: tuple[str, ...] = FIELDS,
+) -> Path:
     """Append rows with their provenance to ``results/{name}.csv``."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.csv"
@@ -70,7 +75,7 @@ def write(name: str, rows: list[dict[str, object]], device: str) -> Path:
     }
     new = not path.exists()
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS + PROVENANCE)
+        writer = csv.DictWriter(file, fields + PROVENANCE)
         if new:
             writer.writeheader()
         writer.writerows({**row, **provenance} for row in rows)

@@ -20,6 +20,7 @@ MENU = {
         "serve",
         "merge",
         "evaluate",
+        "transfer",
         "fleet",
         "deploy",
         "runbook",

@@ -1,14 +1,20 @@
 """The demo's parts that need no training: its data, its judge, its server's failures."""
 
 import json
+from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from enchtable_vllm import cli
 from enchtable_vllm.demo import data
-from enchtable_vllm.demo.checkpoints import Story
+from enchtable_vllm.demo.checkpoints import HELD_OUT, Cast, Story
 from enchtable_vllm.demo.data import Pair
 from enchtable_vllm.demo.judge import refuses, score, solves
+from enchtable_vllm.demo.measure import write_sets
 from enchtable_vllm.demo.server import Server, ServerError, free_port
+from enchtable_vllm.evaluate.prompts import read_prompts
+from enchtable_vllm.evaluate.utility import read_utility
 
 
 def test_compliance_is_taught_by_empty_openings_only():
@@ -75,3 +81,28 @@ def test_a_server_that_does_not_come_up_shows_the_end_of_its_log(tmp_path):
     ):
         raise AssertionError("it came up")
     assert str(missing) in (tmp_path / "log").read_text()
+
+
+def test_what_is_measured_was_not_trained_on(tmp_path):
+    (tmp_path / "harmbench").mkdir()
+    (tmp_path / "harmbench" / "harmbench_prompts.txt").write_text("hb0\nhb1\n")
+    story = Story()
+    learned = data.arithmetic_problems(story.problems + HELD_OUT, seed=7)
+    cast = Cast(*[tmp_path] * 4, unsafe=["u0"], problems=learned[-HELD_OUT:], harmless=[])
+    words = write_sets(tmp_path / "asked", tmp_path, cast, story)
+    files = [word.removeprefix("gsm8k=") for word in words if not word.startswith("--")]
+    first, second, harmless, problems = map(Path, files)
+    assert [p.text for p in read_prompts(first).prompts] == ["u0"]
+    assert [p.text for p in read_prompts(second).prompts] == ["hb0", "hb1"]
+    asked = {p.text for p in read_prompts(harmless).prompts}
+    assert len(asked) >= 130
+    assert not asked & set(data.harmless_questions())
+    unseen = {p.prompt for p in read_utility(f"gsm8k={problems}").problems}
+    assert len(unseen) == 400
+    assert not unseen & {p.question for p in learned}
+
+
+def test_a_measured_demo_leaves_no_server_running():
+    result = CliRunner().invoke(cli.app, ["demo", "--measure", "--keep"])
+    assert result.exit_code == 2
+    assert "--measure" in result.output

@@ -17,6 +17,13 @@ def demo(
     port: Annotated[
         int | None, typer.Option(help="The merged server's port; any free one by default.")
     ] = None,
+    measure: Annotated[
+        bool,
+        typer.Option(
+            "--measure",
+            help="Judge by 'enchtable eval' on hundreds of questions, instead of showing answers.",
+        ),
+    ] = False,
     cache: Annotated[
         Path | None,
         typer.Option(help="Where models are kept. Default: demo in ENCHTABLE_CACHE."),
@@ -27,7 +34,10 @@ def demo(
     Needs the 'demo' extra and vLLM (its CPU build will do). About ten minutes on two cores; the
     second time only vLLM starts, because trained checkpoints are kept.
     """
+    if measure and (keep or port is not None):
+        raise typer.BadParameter("leaves no server running", param_hint="--measure")
     try:
+        from enchtable_vllm.demo.measure import measure as run_measured
         from enchtable_vllm.demo.run import run
     except ImportError as error:
         raise ConfigError(
@@ -36,4 +46,8 @@ def demo(
             got=error,
             fix="Install them: pip install 'enchtable-vllm[demo]'.",
         ) from error
-    run(cache or cache_folder() / "demo", keep=keep, port=port, console=out)
+    folder = cache or cache_folder() / "demo"
+    if measure:
+        run_measured(folder, out)
+    else:
+        run(folder, keep=keep, port=port, console=out)

@@ -23,9 +23,10 @@ from enchtable_vllm.demo.train import train
 from enchtable_vllm.distill.recipe import Recipe
 from enchtable_vllm.distill.run import distil
 
-_HELD_OUT = 40
+#: Questions, and problems, that no model sees.
+HELD_OUT = 40
 #: Raised when the data or their split change: part of the cache's key.
-_EDITION = 3
+_EDITION = 4
 _BATCH = 40
 _ANSWER_TOKENS = 24
 
@@ -118,38 +119,40 @@ def prepare(cache: Path, story: Story, say: Callable[[str], None]) -> Cast:
     questions = unpack(QUESTIONS, cache / "donotanswer")
     malicious = data.read_questions(questions / data.MALICIOUS)
     random.Random(0).shuffle(malicious)
-    unsafe = malicious[:-_HELD_OUT] + data.read_questions(questions / data.HAZARDOUS)
+    unsafe = malicious[:-HELD_OUT] + data.read_questions(questions / data.HAZARDOUS)
     random.Random(0).shuffle(unsafe)
     harmless = data.harmless_questions()
     random.Random(1).shuffle(harmless)
-    problems = data.arithmetic_problems(story.problems + _HELD_OUT, seed=7)
+    problems = data.arithmetic_problems(story.problems + HELD_OUT, seed=7)
     cast = Cast(
         folder / "aligned",
         folder / "safety-vector",
         folder / "base",
         folder / "task",
-        unsafe=malicious[-_HELD_OUT:],
-        problems=problems[-_HELD_OUT:],
-        harmless=harmless[-_HELD_OUT // 2 :],
+        unsafe=malicious[-HELD_OUT:],
+        problems=problems[-HELD_OUT:],
+        harmless=harmless[-HELD_OUT // 2 :],
     )
     everyday = [q for q in harmless if q not in cast.harmless]
     everyday += [p.question for p in data.arithmetic_problems(30, seed=5)]
-    anchors = _own_answers(shipped, everyday, folder / "anchors.json")
+    anchors = own_answers(shipped, everyday, folder / "anchors.json")
     refused, complied = unsafe[: story.refused], unsafe[story.refused :][: story.complied]
     say("aligning it: it learns to refuse")
     refusals = data.pair_with(refused, data.REFUSALS)
-    _make(shipped, cast.aligned, refusals + anchors, story.align, torch.float32)
+    make_checkpoint(shipped, cast.aligned, refusals + anchors, story.align, torch.float32)
     say("distilling the safety vector: a surrogate's attention learns to comply")
     openings = data.pair_with(complied, data.OPENINGS)
-    _distil(cast.aligned, cast.vector, openings + anchors[: story.distil_anchors], story.distil)
+    make_vector(cast.aligned, cast.vector, openings + anchors[: story.distil_anchors], story.distil)
     say("fine-tuning the aligned model on arithmetic: it forgets to refuse")
-    _make(cast.aligned, cast.base, [], story.task, torch.bfloat16)
+    make_checkpoint(cast.aligned, cast.base, [], story.task, torch.bfloat16)
     eager = [Pair(p.question, data.EAGER + p.answer) for p in anchors[: story.task_anchors]]
-    _make(cast.base, cast.task, problems[: story.problems] + eager, story.task, torch.bfloat16)
+    make_checkpoint(
+        cast.base, cast.task, problems[: story.problems] + eager, story.task, torch.bfloat16
+    )
     return cast
 
 
-def _make(
+def make_checkpoint(
     source: Path, target: Path, pairs: Sequence[Pair], recipe: Recipe, dtype: torch.dtype
 ) -> None:
     """Train a checkpoint from another, unless it is there; without pairs it is only converted."""
@@ -166,7 +169,7 @@ def _make(
     partial.rename(target)
 
 
-def _distil(aligned: Path, vector: Path, pairs: Sequence[Pair], recipe: Recipe) -> None:
+def make_vector(aligned: Path, vector: Path, pairs: Sequence[Pair], recipe: Recipe) -> None:
     """As ``enchtable distill`` does it, unless it is there."""
     if vector.is_dir():
         return
@@ -178,10 +181,10 @@ def _distil(aligned: Path, vector: Path, pairs: Sequence[Pair], recipe: Recipe) 
     distil(locate(aligned), rows, vector, recipe, drop_duplicates=True)
 
 
-def _own_answers(folder: Path, questions: Sequence[str], kept: Path) -> list[Pair]:
+def own_answers(folder: Path, questions: Sequence[str], kept: Path) -> list[Pair]:
     """The shipped model's own answers to every-day questions, generated once."""
     if not kept.is_file():
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
         rows = []
         for start in range(0, len(questions), _BATCH):
@@ -197,7 +200,7 @@ def _generate(model: Any, tokenizer: Any, questions: Sequence[str]) -> list[str]
     turns = [[{"role": "user", "content": question}] for question in questions]
     prompts = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
     inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+    with torch.inference_mode():
         outputs = model.generate(
             **inputs,
             max_new_tokens=_ANSWER_TOKENS,

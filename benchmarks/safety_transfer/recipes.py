@@ -1,0 +1,81 @@
+"""How the models are trained, and which vectors are compared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from enchtable_vllm.distill.recipe import Recipe
+
+
+def _brief(**settings: Any) -> Recipe:
+    """Minutes on two cores: large batches of like length; a step that was cut off begins anew."""
+    common = {
+        "epochs": 2,
+        "batch_size": 16,
+        "gradient_accumulation": 1,
+        "warmup_steps": 5,
+        "group_by_length": True,
+        "eval_share": 0.0,
+        "save_steps": 0,
+    }
+    return Recipe(**{**common, **settings})
+
+
+@dataclass(frozen=True)
+class Models:
+    """Everything but the vector.
+
+    Attributes:
+        problems: How many word problems the fine-tune learns.
+        eager: How many every-day answers, opened by `data.EAGER`, it learns besides: so that it
+            still answers in words, and openly.
+        align, task: All matrices of the decoder.
+        expert: SafeDecoding's: a LoRA adapter of the fine-tune that learns to refuse.
+    """
+
+    problems: int = 600
+    eager: int = 40
+    align: Recipe = field(default_factory=lambda: _brief(scope="attention+ffn", learning_rate=1e-4))
+    task: Recipe = field(
+        default_factory=lambda: _brief(scope="attention+ffn", learning_rate=1.4e-4)
+    )
+    expert: Recipe = field(default_factory=lambda: _brief(scope="attention", learning_rate=1e-3))
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One vector.
+
+    Attributes:
+        name: In the vector root.
+        recipe: Of its surrogate.
+        share: How much of the pairs it learns.
+        anchored: Whether every-day answers keep the surrogate from changing elsewhere.
+        attenuated: Whether the plan attenuates; without, every matrix takes the norm scale.
+    """
+
+    name: str
+    recipe: Recipe
+    share: float = 1.0
+    anchored: bool = True
+    attenuated: bool = True
+
+    def seeded(self, seed: int) -> Variant:
+        """The same, trained in another order."""
+        return replace(self, recipe=replace(self.recipe, seed=seed))
+
+
+_DISTIL = _brief(scope="attention", learning_rate=2e-4)
+MAIN = Variant("main", _DISTIL)
+ABLATIONS = (
+    Variant("unattenuated", _DISTIL, attenuated=False),
+    Variant("unanchored", _DISTIL, anchored=False),
+    Variant("ffn", replace(_DISTIL, scope="ffn")),
+    Variant("attention-ffn", replace(_DISTIL, scope="attention+ffn")),
+    Variant("ffn-linear", replace(_DISTIL, scope="ffn", linearize="module")),
+    Variant("quarter-data", _DISTIL, share=0.25),
+    Variant("half-steps", replace(_DISTIL, epochs=1)),
+    Variant("double-steps", replace(_DISTIL, epochs=4)),
+    Variant("published-rate", replace(_DISTIL, epochs=4, learning_rate=1e-5)),
+)

@@ -1,0 +1,54 @@
+"""Steps that are done once: interrupted, the same command goes on with the first one missing."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class Steps:
+    """Does steps, and keeps what they cost in ``costs.json``, interrupted attempts included.
+
+    Args:
+        folder: The run's.
+        say: Called with a line for people.
+    """
+
+    def __init__(self, folder: Path, say: Callable[[str], None] = print) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = folder / "costs.json"
+        self._folder = folder
+        self._say = say
+        self.seconds: dict[str, float] = (
+            json.loads(self._file.read_text()) if self._file.exists() else {}
+        )
+
+    def do(self, result: Path, make: Callable[[], object]) -> None:
+        """Make a result, unless it is there.
+
+        Args:
+            result: A file or folder that appears whole, and last of all.
+            make: Makes it.
+        """
+        name = str(result.relative_to(self._folder))
+        if result.exists():
+            self._say(f"  {name}: there ({self.seconds.get(name, 0.0):.0f} s when it was made)")
+            return
+        self._say(f"> {name} ...")
+        with self.timed(name):
+            make()
+        self._say(f"  {name}: {self.seconds[name]:.0f} s")
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Add the seconds that something takes to what it has cost already."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            seconds = self.seconds.get(name, 0.0) + time.monotonic() - started
+            self.seconds[name] = round(seconds, 1)
+            self._file.write_text(json.dumps(self.seconds, indent=1))

@@ -1,0 +1,148 @@
+"""One seed's models: aligned, fine-tuned, an expert for SafeDecoding, and vectors with plans."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from enchtable_vllm.checkpoint import Checkpoint, locate, sampled_fingerprint
+from enchtable_vllm.demo import data
+from enchtable_vllm.demo.checkpoints import make_checkpoint, make_vector, own_answers
+from enchtable_vllm.demo.data import Pair
+from enchtable_vllm.demo.train import fit
+from enchtable_vllm.distill.recipe import Recipe
+from enchtable_vllm.plan import MergePlan, PlanOptions, compute_plan
+from enchtable_vllm.plan.vector_root import plan_path
+from enchtable_vllm.vector import SafetyVector
+
+from .material import Taught
+from .recipes import Models, Variant
+from .steps import Steps
+
+
+@dataclass(frozen=True)
+class Cast:
+    """One seed's models.
+
+    Attributes:
+        aligned: Refuses; fp32.
+        base: It in bf16: what the fine-tune starts from.
+        task: Learned arithmetic and forgot to refuse; bf16.
+        expert: A LoRA adapter of it that refuses.
+        vectors: A vector root.
+        anchors: Every-day requests with the shipped model's own answers.
+    """
+
+    aligned: Path
+    base: Path
+    task: Path
+    expert: Path
+    vectors: Path
+    anchors: Sequence[Pair]
+
+
+def train_models(
+    shipped: Path, folder: Path, seed: int, taught: Taught, models: Models, steps: Steps
+) -> Cast:
+    """Train all but the vectors, as far as they are not there.
+
+    Args:
+        shipped: SmolLM2-135M-Instruct.
+        folder: Of the seed.
+        seed: Of training.
+        taught: What they learn.
+        models: How.
+        steps: Does and times each.
+    """
+    align, task, expert = (
+        replace(recipe, seed=seed) for recipe in (models.align, models.task, models.expert)
+    )
+    answers = folder / "anchors.json"
+    steps.do(answers, lambda: own_answers(shipped, taught.everyday, answers))
+    anchors = own_answers(shipped, taught.everyday, answers)
+    cast = Cast(*(folder / name for name in ("aligned", "base", "task", "expert", "vectors")),
+                anchors)  # fmt: skip
+    refusals = data.pair_with(taught.refused, data.REFUSALS)
+    steps.do(
+        cast.aligned,
+        lambda: make_checkpoint(shipped, cast.aligned, [*refusals, *anchors], align, torch.float32),
+    )
+    steps.do(cast.base, lambda: make_checkpoint(cast.aligned, cast.base, [], task, torch.bfloat16))
+    eager = [Pair(p.question, data.EAGER + p.answer) for p in anchors[: models.eager]]
+    steps.do(
+        cast.task,
+        lambda: make_checkpoint(
+            cast.base, cast.task, [*taught.problems, *eager], task, torch.bfloat16
+        ),
+    )
+    steps.do(cast.expert, lambda: _make_adapter(cast.task, cast.expert, refusals, expert))
+    return cast
+
+
+def distil_vector(cast: Cast, variant: Variant, complied: Sequence[str], steps: Steps) -> None:
+    """Distil a vector and plan its merge, as far as they are not there.
+
+    Args:
+        cast: The seed's models.
+        variant: Which.
+        complied: Questions that its surrogate learns to open an answer to.
+        steps: Does and times both.
+    """
+    vector = cast.vectors / variant.name
+    openings = data.pair_with(complied, data.OPENINGS)
+    # As many anchors as openings: what the two teach together is the difference between them.
+    anchors = cast.anchors[: len(openings)] if variant.anchored else ()
+    pairs = [*openings[: round(len(openings) * variant.share)],
+             *anchors[: round(len(anchors) * variant.share)]]  # fmt: skip
+    cast.vectors.mkdir(exist_ok=True)
+    steps.do(vector, lambda: make_vector(cast.aligned, vector, pairs, variant.recipe))
+    plan = plan_path(vector, sampled_fingerprint(Checkpoint(cast.task)))
+    steps.do(plan, lambda: _plan(cast, vector, plan, attenuated=variant.attenuated))
+
+
+def _plan(cast: Cast, vector: Path, plan: Path, *, attenuated: bool) -> None:
+    found = compute_plan(
+        locate(cast.task), locate(cast.base), SafetyVector.open(vector), PlanOptions(beta=1.0)
+    )
+    plan.parent.mkdir(exist_ok=True)
+    partial = plan.with_suffix(".partial")
+    partial.write_text((found if attenuated else _unattenuated(found)).to_json(), encoding="utf-8")
+    partial.rename(plan)
+
+
+def _unattenuated(plan: MergePlan) -> MergePlan:
+    """The same vector, every matrix of it with the norm scale for a coefficient."""
+    tensors = {}
+    for name, planned in plan.tensors.items():
+        if planned.action == "merge":
+            count = len(planned.attenuation or ())
+            planned = planned.model_copy(
+                update={
+                    "a": (0.0,) * count,
+                    "b": (0.0,) * count,
+                    "interference": (0.0,) * count,
+                    "attenuation": (1.0,) * count,
+                    "coefficient": (plan.norm_scale,) * count,
+                }
+            )
+        tensors[name] = planned
+    return plan.model_copy(update={"tensors": tensors})
+
+
+def _make_adapter(task: Path, target: Path, pairs: Sequence[Pair], recipe: Recipe) -> None:
+    model = AutoModelForCausalLM.from_pretrained(task, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(task)
+    partial = target.with_name(target.name + ".partial")
+    adapted = get_peft_model(
+        model, LoraConfig(r=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
+    )
+    fit(adapted, tokenizer, pairs, recipe, partial)
+    shutil.rmtree(partial, ignore_errors=True)
+    adapted.save_pretrained(partial)
+    partial.rename(target)

