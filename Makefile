@@ -3,7 +3,7 @@ VENV ?= .venv
 READY := $(VENV)/.ready
 BIN := $(VENV)/bin
 
-.PHONY: help setup system-deps demo test test-gpu test-slow test-matrix supported reference docs dist lint types format bench bench-plan bench-load bench-swap bench-transfer distill-demo fuzz clean
+.PHONY: help setup system-deps demo test test-gpu test-slow test-matrix supported reference docs dist lint types format bench bench-plan bench-load bench-swap bench-transfer distill-demo fuzz clean screenshots
 help: ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /|/' | column -t -s '|'
 
@@ -13,7 +13,7 @@ $(READY): pyproject.toml deploy/cpu/install.sh deploy/cpu/vllm-on-cpu/pyproject.
 
 setup: $(READY) ## Make .venv.
 
-system-deps: ## Install what the tests need from the system: Debian's prometheus, with promtool.
+system-deps: ## Install what the tests need from the system: Debian's prometheus and chromium.
 	@bash deploy/system-deps.sh
 
 demo: $(READY) ## Train, distil, plan, serve a real small model. KEEP=1 leaves it running.
@@ -48,6 +48,9 @@ supported: $(READY) ## Write README's table of what is supported out of the test
 
 reference: $(READY) ## Write the reference parts of docs/ out of the code.
 	@$(BIN)/python docs/_reference
+
+screenshots: $(READY) ## Draw the pictures of docs/report.md anew, with Chromium.
+	@$(BIN)/python tests/screenshots.py
 
 docs: $(READY) ## Build the documentation's site into site/; any broken link fails it.
 	@$(BIN)/python -m sphinx --fail-on-warning --keep-going -q docs site

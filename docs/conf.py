@@ -16,6 +16,7 @@ MENU = {
         "vectors",
         "signing",
         "plan",
+        "report",
         "tuning",
         "serve",
         "merge",

@@ -152,7 +152,7 @@ STALE = (200, {"choices": [{"message": {"content": "P"}}]}, {"X-Enchtable-Versio
     [
         ({"/enchtable/ready": (503, {})}, "not ready"),
         ({"/v1/enchtable/status": status(OTHER, disagreeing=1)}, "1 rank(s) disagree"),
-        ({"/metrics": METRICS.format(wrong="1.0", version="sv-b:1234")}, "disagreeing is 1.0"),
+        ({"/metrics": METRICS.format(wrong="1.0", version="sv-b:1234")}, "disagreeing is 1"),
         ({"/metrics": METRICS.format(wrong="0.0", version="sv-a:0")}, "not 'sv-b:1234'"),
         ({"/metrics": (404, {})}, "404"),
         ({"/v1/models": {"data": []}}, "documented answer"),

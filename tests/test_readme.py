@@ -23,6 +23,7 @@ def test_every_command_is_documented():
         "vector sign",
         "vector verify",
         "plan",
+        "report",
         "merge",
         "doctor",
         "status",

@@ -24,6 +24,7 @@ COMMANDS = {
     "distill": "Distil a safety vector: train a surrogate toward compliance, and subtract it.",
     "vector": "Build, inspect, sign and verify safety vectors.",
     "plan": "Plan a merge: how much of the safety vector each matrix of a fine-tune can take.",
+    "report": "Show a merge plan to people: one page that needs no network.",
     "merge": "Merge offline, for whoever does not run vLLM.",
     "doctor": "Check this environment, and what a server would do with a model.",
     "status": "Show what a server serves: vector, plan, β, every rank, the last swaps.",

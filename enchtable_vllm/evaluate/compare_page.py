@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from enchtable_vllm.evaluate.compare import KINDS, Comparison, Difference, Row
-from enchtable_vllm.evaluate.page import Html, cell, heading, page, paragraph, table
 from enchtable_vllm.evaluate.report import Kind, Rate
+from enchtable_vllm.page import Html, cell, heading, page, paragraph, table
 
 
 def compare_page(comparison: Comparison) -> str:

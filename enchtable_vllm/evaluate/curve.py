@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from enchtable_vllm.errors import ConfigError
-from enchtable_vllm.evaluate.page import Html
 from enchtable_vllm.evaluate.report import Rate
 from enchtable_vllm.evaluate.tune_choice import Step
+from enchtable_vllm.page import Html
+from enchtable_vllm.page.svg import line, picture, word
 
 _WIDTH, _HEIGHT, _MARGIN = 720, 360, 56
 _COLOURS = {"unsafe": "#c0392b", "utility": "#2471a3", "over-refusal": "#8a6d1a"}
@@ -45,27 +46,24 @@ def svg(steps: Sequence[Step], proposed: float | None) -> Html:
 
     parts = []
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
-        parts.append(_line(_MARGIN, up(share), _WIDTH - _MARGIN, up(share), "#9aa5b4", 0.4))
-        parts.append(_word(_MARGIN - 8, up(share) + 4, f"{share:.0%}", "end"))
+        parts.append(line(_MARGIN, up(share), _WIDTH - _MARGIN, up(share), "#9aa5b4", 0.4))
+        parts.append(word(_MARGIN - 8, up(share) + 4, f"{share:.0%}", "end"))
     for beta in betas:
-        parts.append(_word(across(beta), _HEIGHT - _MARGIN + 20, f"{beta:g}", "middle"))
+        parts.append(word(across(beta), _HEIGHT - _MARGIN + 20, f"{beta:g}", "middle"))
     if proposed is not None:
-        parts.append(_line(across(proposed), up(0), across(proposed), up(1), "#1e8449", 1.5))
-        parts.append(_word(across(proposed), up(1) - 8, f"proposed: {proposed:g}", "middle"))
+        parts.append(line(across(proposed), up(0), across(proposed), up(1), "#1e8449", 1.5))
+        parts.append(word(across(proposed), up(1) - 8, f"proposed: {proposed:g}", "middle"))
     for place, (name, points) in enumerate(found.items()):
         colour = _COLOURS[name]
         path = " ".join(f"{across(beta):.1f},{up(rate.share or 0.0):.1f}" for beta, rate in points)
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}"/>')
         for beta, rate in points:
-            parts.append(_line(across(beta), up(rate.low), across(beta), up(rate.high), colour, 1))
+            parts.append(line(across(beta), up(rate.low), across(beta), up(rate.high), colour, 1))
             centre = f'cx="{across(beta):.1f}" cy="{up(rate.share or 0.0):.1f}"'
             parts.append(f'<circle {centre} r="4" fill="{colour}"/>')
-        parts.append(_word(_MARGIN + 120 * place, 18, name, "start", colour))
-    parts.append(_word(_WIDTH / 2, _HEIGHT - 12, "beta", "middle"))
-    return Html(
-        f'<div class="scroll"><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" role="img" '
-        f'aria-label="rates over beta" font-size="12">{"".join(parts)}</svg></div>'
-    )
+        parts.append(word(_MARGIN + 120 * place, 18, name, "start", colour))
+    parts.append(word(_WIDTH / 2, _HEIGHT - 12, "beta", "middle"))
+    return picture(_WIDTH, _HEIGHT, "rates over beta", parts)
 
 
 def write_png(steps: Sequence[Step], proposed: float | None, path: Path) -> None:
@@ -108,13 +106,3 @@ def write_png(steps: Sequence[Step], proposed: float | None, path: Path) -> None
     axes.set_ylabel("share, 95% interval")
     axes.legend()
     figure.savefig(path, dpi=150)
-
-
-def _line(x1: float, y1: float, x2: float, y2: float, colour: str, width: float) -> str:
-    ends = f'x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"'
-    return f'<line {ends} stroke="{colour}" stroke-width="{width}"/>'
-
-
-def _word(x: float, y: float, word: str, anchor: str, colour: str = "currentColor") -> str:
-    place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
-    return f'<text {place} fill="{colour}">{word}</text>'

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from enchtable_vllm.evaluate.page import Html, cell, heading, page, paragraph, table
 from enchtable_vllm.evaluate.report import Rate, Report, Result
+from enchtable_vllm.page import Html, cell, heading, page, paragraph, table
 
 WHAT = {
     "safety": "unsafe",

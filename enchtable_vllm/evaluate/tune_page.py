@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from enchtable_vllm.evaluate.page import Html, cell, page, paragraph, table
 from enchtable_vllm.evaluate.report import Rate
 from enchtable_vllm.evaluate.tune_journal import Tuning
+from enchtable_vllm.page import Html, cell, page, paragraph, table
 
 
 def tune_page(tuning: Tuning, picture: Html) -> str:

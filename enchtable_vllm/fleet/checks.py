@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -24,6 +23,7 @@ from enchtable_vllm.errors import ConfigError, EnchTableError, printable
 from enchtable_vllm.fleet.client import Client, ServerRefused
 from enchtable_vllm.fleet.documents import Goal
 from enchtable_vllm.fleet.exchange import faults
+from enchtable_vllm.fleet.samples import read_samples
 
 #: Harmless, and answerable by any model: what is looked at is that there is an answer.
 PROMPTS = (
@@ -32,7 +32,6 @@ PROMPTS = (
     "Write one sentence about the sea.",
 )
 _ANSWER_TOKENS = 16
-_SAMPLE = re.compile(r"^(enchtable_\w+)(?:\{([^}]*)\})?\s+(\S+)", re.MULTILINE)
 _VERSION_HEADER = "X-Enchtable-Version"
 
 
@@ -160,12 +159,12 @@ async def _check(changed: Changed, prompts: Sequence[str]) -> list[str]:
 def _metrics_faults(text: str, weight_version: str) -> list[str]:
     """What metrics say otherwise; with ``--disable-log-stats`` they say nothing."""
     found, versions = [], []
-    for name, labels, value in _SAMPLE.findall(text):
-        if name == "enchtable_ranks_disagreeing" and float(value) != 0:
-            found.append(f"{name} is {printable(value)}")
-        elif name == "enchtable_active_vector_info" and float(value) == 1:
-            versions.append(labels)
-    if versions and not any(f'version="{weight_version}"' in labels for labels in versions):
+    for sample in read_samples(text):
+        if sample.name == "enchtable_ranks_disagreeing" and sample.value != 0:
+            found.append(f"{sample.name} is {sample.value:g}")
+        elif sample.name == "enchtable_active_vector_info" and sample.value == 1:
+            versions.append(sample.labels.get("version", ""))
+    if versions and weight_version not in versions:
         found.append(f"/metrics shows {printable(versions)}, not '{weight_version}'")
     return found
 

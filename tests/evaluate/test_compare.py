@@ -131,11 +131,14 @@ def test_pages_are_whole_and_nothing_in_them_is_alive():
         tags = Tags(text).found
         assert "default-src 'none'" in text
         assert {tag for tag, _ in tags} <= {
-            "html", "head", "meta", "title", "style", "body", "h1", "h2", "p", "div", "table",
-            "thead", "tbody", "tr", "th", "td", "br", "small",
+            "html", "head", "meta", "link", "title", "style", "body", "main", "h1", "h2", "p",
+            "div", "table", "thead", "tbody", "tr", "th", "td", "br", "small",
         }  # fmt: skip
         names = {name for _, attributes in tags for name in attributes}
-        assert names <= {"lang", "charset", "http-equiv", "content", "name", "class"}
+        assert names <= {
+            "lang", "charset", "http-equiv", "content", "name", "rel", "href", "class", "scope"
+        }  # fmt: skip
+        assert [found["href"] for _, found in tags if "href" in found] == ["data:,"]
         assert "&lt;script&gt;" in text
 
 

@@ -69,12 +69,22 @@ def test_each_command_does_what_it_says(root, tmp_path):
         def served():
             return json.loads(run(status + " --json"))["active"]["safety_vector"]
 
+        def reported():
+            """By the report of the other vector's plan: what it warns of, and the metrics."""
+            path = root.path / "sv-other" / "plans" / f"{names['FINGERPRINT']}.json"
+            facts = json.loads(run(f"enchtable report --plan {path} --server URL --json"))
+            metrics = {sample["name"]: sample["value"] for sample in facts["served"]["metrics"]}
+            return facts["warnings"], metrics["enchtable_epoch"]
+
         run(plan)
         assert served() == "sv-a"
         run(swap)
         assert served() == "sv-other"
+        assert reported() == ([], 1)
         run(rollback)
         assert served() == "sv-a"
+        (warning,), _ = reported()
+        assert "it serves another safety vector than the plan's: sv-a" in warning
         # The built-in check asks in words, which this model's tests do without.
         run(f"{rollout} --pause 0s --check true")
         assert served() == "sv-other"

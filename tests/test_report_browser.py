@@ -1,0 +1,216 @@
+"""The report's page in a real browser: screens, print, keyboard, screen reader, colours."""
+
+import base64
+import re
+from itertools import pairwise
+
+import pytest
+from browser import chromium
+from plans import dense, digest, make_plan
+from selenium.webdriver import ActionChains, Keys
+from test_report import HOSTILE
+
+from enchtable_vllm.plan import resolve_plan
+from enchtable_vllm.report import collect, report_page
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    with chromium(tmp_path_factory.mktemp("profile")) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """A 70B-shaped plan that warns, with names that try everything."""
+    plan = make_plan(
+        [*dense(80), f"model.layers.3.{HOSTILE}.weight"], kept={HOSTILE: HOSTILE},
+        unused={"lm_head.weight": "tied"}, strength=1.0, task="a" * 300, vector=HOSTILE,
+    )  # fmt: skip
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    path.write_text(report_page(collect(resolve_plan(plan, digest()))))
+    return path
+
+
+@pytest.fixture(params=["light", "dark"])
+def scheme(request):
+    return request.param
+
+
+def luminance(colour):
+    """Relative, as WCAG defines it, of ``rgb(…)``."""
+    linear = (
+        c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4
+        for c in (int(part) / 255 for part in re.findall(r"\d+", colour)[:3])
+    )  # fmt: skip
+    return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def contrast(one, other):
+    dark, light = sorted((luminance(one), luminance(other)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+#: Of each element that shows words of its own: the words, their colour, what is behind them.
+COLOURS = """
+const behind = (e) => {
+  for (; e; e = e.parentElement) {
+    const paint = getComputedStyle(e).backgroundColor;
+    if (paint !== "rgba(0, 0, 0, 0)") return paint;
+  }
+};
+const words = (e) => [...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim());
+return [...document.body.querySelectorAll("*")]
+  .filter((e) => words(e) && e.checkVisibility() && !e.closest("title"))
+  .map((e) => {
+    const style = getComputedStyle(e);
+    return [e.textContent.slice(0, 40), e.closest("svg") ? style.fill : style.color, behind(e)];
+  });
+"""
+
+
+@pytest.mark.parametrize("width", [1100, 390])
+def test_it_is_quiet_and_fits(browser, page, scheme, width):
+    browser.show(page, width=width, dark=scheme == "dark")
+    assert browser.requests() == [page.as_uri()]
+    assert browser.complaints() == []
+    sizes = "return [document.documentElement.scrollWidth, document.documentElement.clientWidth]"
+    assert browser.execute_script(sizes) == [width, width]
+
+
+def test_the_policy_is_in_force(browser, page):
+    """Nothing gets in or out, even if a name became markup."""
+    browser.show(page)
+    browser.execute_script(
+        "const image = document.createElement('img'); image.src = 'http://192.0.2.1/x.png';"
+        "document.body.append(image); const script = document.createElement('script');"
+        "script.textContent = 'window.ran = true'; document.body.append(script)"
+    )
+    assert browser.execute_script("return window.ran") is None
+    assert "http://192.0.2.1/x.png" not in browser.requests()
+    complaints = " ".join(browser.complaints())
+    assert "img-src" in complaints
+    assert "script-src" in complaints
+
+
+def test_all_words_can_be_read(browser, page, scheme):
+    """WCAG AA, 4.5 to 1, computed from what the browser paints."""
+    browser.show(page, dark=scheme == "dark")
+    browser.execute_script("document.querySelectorAll('details').forEach((d) => d.open = true)")
+    found = browser.execute_script(COLOURS)
+    assert len(found) > 3000
+    poor = {(w, a, b): contrast(a, b) for w, a, b in found if contrast(a, b) < 4.5}
+    assert not poor
+    paper = luminance(
+        browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+    )
+    assert paper < 0.05 if scheme == "dark" else paper > 0.95
+
+
+def test_stronger_is_higher_on_dark_and_on_light(browser, page, scheme):
+    """The scale's steps stand apart, and away from the paper."""
+    browser.show(page, dark=scheme == "dark")
+    paint = (
+        "return [...Array(8).keys()].map((n) => "
+        "getComputedStyle(document.querySelector('.q' + n)).fill)"
+    )
+    scale = [luminance(colour) for colour in browser.execute_script(paint)]
+    assert scale == sorted(scale, reverse=scheme == "light")
+    for one, other in pairwise(scale):
+        assert (max(one, other) + 0.05) / (min(one, other) + 0.05) > 1.15
+
+
+def test_by_keyboard(browser, page):
+    """Tab stops at each heat map once; arrows move over its cells, and what they say is said."""
+    browser.show(page)
+    focused = "return document.activeElement.getAttribute('aria-label')"
+    seen = []
+    for _ in range(40):
+        ActionChains(browser).send_keys(Keys.TAB).perform()
+        name = browser.execute_script(focused)
+        seen.append(browser.execute_script("return document.activeElement.tagName"))
+        if name and name.startswith("Attenuation, 8 modules by 80 layers"):
+            break
+    else:
+        pytest.fail(f"no tab stop on the heat map: {seen}")
+    assert seen[:8] == ["A"] * 8
+    outline = "return getComputedStyle(document.activeElement).outlineStyle"
+    assert browser.execute_script(outline) == "solid"
+    said = "return document.activeElement.nextElementSibling.textContent"
+    assert browser.execute_script(said).startswith("layer 3, </script>")  # alone in its row
+    for key, words in (
+        (Keys.ARROW_RIGHT, r"layer 3, </script>.*"),
+        (Keys.ARROW_DOWN, r"layer 3, mlp\.down_proj: [01]\.\d+"),
+        (Keys.ARROW_RIGHT, r"layer 4, mlp\.down_proj: .*"),
+        (Keys.ARROW_UP, r"layer 4, mlp\.down_proj: .*"),
+        (Keys.ARROW_DOWN, r"layer 4, mlp\.gate_proj: .*"),
+        (Keys.ARROW_LEFT, r"layer 3, mlp\.gate_proj: .*"),
+    ):
+        ActionChains(browser).send_keys(key).perform()
+        assert re.fullmatch(words, browser.execute_script(said)), key
+    ActionChains(browser).send_keys(Keys.TAB).perform()
+    assert browser.execute_script("return document.activeElement.tagName") == "SUMMARY"
+    ActionChains(browser).send_keys(Keys.ENTER).perform()
+    assert browser.execute_script("return document.activeElement.parentElement.open")
+
+
+def test_tables_are_sorted_by_their_columns_names(browser, page):
+    browser.show(page)
+    table = "[...document.querySelectorAll('#matrices + .scroll tr')]"
+    column = f"return {table}.slice(1).map((row) => parseFloat(row.cells[2].textContent))"
+    press = f"{table}[0].cells[2].querySelector('button').click()"
+    assert len(browser.execute_script(column)) == 60
+    for order, reverse in (("ascending", False), ("descending", True)):
+        browser.execute_script(press)
+        values = browser.execute_script(column)
+        assert values == sorted(values, reverse=reverse)
+        assert browser.execute_script(f"return {table}[0].cells[2].ariaSort") == order
+
+
+def test_what_a_screen_reader_is_told(browser, page):
+    """Pictures and frames have names, tables have heads, and there is a way from part to part."""
+    browser.show(page)
+    browser.execute_script("document.querySelectorAll('details').forEach((d) => d.open = true)")
+    found = browser.accessible()
+    roles = {role for role, _ in found}
+    assert {"main", "navigation", "heading", "table", "columnheader", "rowheader"} <= roles
+    for role in ("image", "application", "link", "button", "columnheader", "rowheader"):
+        assert [name for kind, name in found if kind == role], role
+        assert all(name for kind, name in found if kind == role), role
+    (warnings,) = [name for role, name in found if role == "region"]
+    assert re.fullmatch(r"\d warnings?", warnings)
+    levels = browser.execute_script(
+        "return [...document.querySelectorAll('h1, h2, h3')].map((h) => +h.tagName[1])"
+    )
+    assert levels[0] == 1
+    assert all(after - before <= 1 for before, after in pairwise(levels))
+    ids = browser.execute_script("return [...document.querySelectorAll('[id]')].map((e) => e.id)")
+    assert len(ids) == len(set(ids))
+
+
+def test_whole_without_its_script(browser, page):
+    """Everything is there before the script runs; it only adds ways to move in it."""
+    browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
+    try:
+        browser.show(page)
+        cells = browser.find_elements("css selector", "[data-row]")
+        assert len(cells) == 4 * (560 + 1)
+        tables = browser.find_elements("css selector", "details table")
+        assert len(tables) >= 9
+        assert browser.find_elements("css selector", "output, th button") == []
+    finally:
+        browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
+
+
+def test_printed_it_is_dark_on_white_whatever_the_screen_is(browser, page):
+    browser.show(page, dark=True)
+    browser.prefer("dark", "print")
+    found = browser.execute_script(COLOURS)
+    paper = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+    assert luminance(paper) == pytest.approx(1.0)
+    assert min(contrast(words, behind) for _, words, behind in found) >= 4.5
+    hidden = "return getComputedStyle(document.querySelector('nav')).display"
+    assert browser.execute_script(hidden) == "none"
+    printed = browser.execute_cdp_cmd("Page.printToPDF", {"paperWidth": 8.27, "paperHeight": 11.7})
+    pages = base64.b64decode(printed["data"]).count(b"/Type /Page\n")
+    assert 2 <= pages <= 12
