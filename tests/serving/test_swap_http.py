@@ -4,6 +4,7 @@ import json
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import live
@@ -99,6 +100,29 @@ def test_the_interface_is_on_the_openapi_page(server):
     }  # fmt: skip
     assert swap["parameters"][0]["name"] == "X-Enchtable-Admin-Token"
     assert "swap_in_progress" in swap["responses"]["409"]["description"]
+
+
+def keys(answer):
+    """Every key of it, at any depth."""
+    if isinstance(answer, list):
+        return set().union(*map(keys, answer))
+    return set(answer).union(*map(keys, answer.values())) if isinstance(answer, dict) else set()
+
+
+def test_the_documented_answers_have_the_keys_of_the_real_ones(server):
+    page = (Path(__file__).parents[2] / "docs" / "http-api.md").read_text()
+
+    def shown(route):
+        section = page.partition(f"\n## `{route}`\n")[2].partition("\n## ")[0]
+        (answer,) = re.findall(r"^```\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
+        return set(re.findall(r'"(\w+)":', answer))
+
+    assert shown("POST /v1/enchtable/swap") == set(server.swapped("sv-b"))
+    status = server.status()
+    assert shown("GET /v1/enchtable/status") == keys(status)
+    assert shown("GET /v1/enchtable/vectors") == keys(
+        server.http.get("/v1/enchtable/vectors").json()
+    )
 
 
 BAD = {
