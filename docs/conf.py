@@ -44,6 +44,7 @@ smartquotes = False  # it would make a dash of the two of an option
 html_theme = "furo"
 html_title = "enchtable-vllm"
 html_copy_source = False
+html_show_copyright = False  # LICENSE says it
 html_show_sphinx = False
 html_extra_path = ["openapi.json"]
 html_static_path = ["_static"]

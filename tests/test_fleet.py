@@ -1,6 +1,8 @@
 """The parts of a roll-out that need no server: targets, steps, journal, codes, tokens, commands."""
 
+import ast
 import asyncio
+import inspect
 import re
 import subprocess
 import sys
@@ -10,7 +12,7 @@ import pytest
 from replies import OTHER, SERVED, status
 
 from enchtable_vllm.errors import ConfigError
-from enchtable_vllm.fleet import Credentials, Secret, Target
+from enchtable_vllm.fleet import Credentials, Secret, Target, rollout
 from enchtable_vllm.fleet.credentials import is_loopback
 from enchtable_vllm.fleet.documents import Goal, Served, Status
 from enchtable_vllm.fleet.events import EVENT_KINDS, Event, Outcome, exit_code
@@ -277,8 +279,17 @@ def test_exit_codes(outcome, number, code):
 
 
 def test_events_are_documented():
-    documented = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs" / "fleet.md").read_text(), re.M)
-    assert set(EVENT_KINDS) <= set(documented)
+    rows = re.findall(r"^\| `(\w+)` \| (.*) \|$", (ROOT / "docs" / "fleet.md").read_text(), re.M)
+    documented = {kind: set(re.findall(r"`(\w+)`", keys)) for kind, keys in rows}
+    assert documented.keys() == set(EVENT_KINDS)
+    told = [
+        node
+        for node in ast.walk(ast.parse(inspect.getsource(rollout)))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "self._tell"
+    ]
+    assert len(told) >= len(EVENT_KINDS)
+    for call in told:
+        assert {k.arg for k in call.keywords} <= documented[call.args[0].value], ast.unparse(call)
     line = Event("waiting", {"seconds": 3}).to_json()
     assert list(line) == ["event", "time", "seconds"]
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", line["time"])

@@ -5,6 +5,7 @@ import runpy
 import subprocess
 import sys
 
+import pytest
 from docs_text import ROOT, blocks, commands
 
 from enchtable_vllm.serving.versions import lower_bound, newest_tested
@@ -52,10 +53,19 @@ def test_what_is_supported_is_what_the_tests_prove():
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr
 
 
-def test_links_exist():
-    for document in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
-        for link in re.findall(r"\]\((?!http)([^)#]+)\)", document.read_text()):
-            assert (document.parent / link).exists(), f"{document.name}: {link}"
+def anchors(page):
+    """Of its headings, by GitHub's rule; the site's is the same."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_links_lead_somewhere(name):
+    """Those of the site's pages are checked where it is built."""
+    links = re.findall(r"\]\((?!http)([^)#]+)(?:#([^)]+))?\)", (ROOT / name).read_text())
+    for path, anchor in links:
+        assert (ROOT / path).exists(), path
+        assert not anchor or anchor in anchors(ROOT / path), f"{path}#{anchor}"
 
 
 def test_ci_runs_the_readmes_own_test_command():

@@ -54,7 +54,9 @@ def _row(parameter: Any, annotation: Any) -> list[str]:
         names = ", ".join(map(code, [*parameter.opts, *parameter.secondary_opts]))
     value = _value(annotation)
     again = "; may be given again" if parameter.multiple else ""
-    meaning = (parameter.help or "").replace("\\[", "[")  # escaped for rich
+    if not parameter.help:
+        raise SystemExit(f"'{names}' has no help")
+    meaning = parameter.help.replace("\\[", "[")  # escaped for rich
     return [names, value + again, _default(parameter), meaning]
 
 

@@ -42,7 +42,7 @@ def distill(
         ),
     ] = _PAPER.linearize,
     pairs: Annotated[int, typer.Option(help="How many pairs train.", min=1)] = _PAPER.pairs,
-    epochs: Annotated[int, typer.Option(min=1)] = _PAPER.epochs,
+    epochs: Annotated[int, typer.Option(help="How often each pair trains.", min=1)] = _PAPER.epochs,
     learning_rate: Annotated[
         float, typer.Option(help="Its peak; a cosine follows.")
     ] = _PAPER.learning_rate,
@@ -61,7 +61,9 @@ def distill(
     eval_share: Annotated[
         float, typer.Option(help="The share of pairs that is held out.", min=0, max=0.999)
     ] = _PAPER.eval_share,
-    seed: Annotated[int, typer.Option(min=0)] = _PAPER.seed,
+    seed: Annotated[
+        int, typer.Option(help="Of the split and of the order of pairs.", min=0)
+    ] = _PAPER.seed,
     bf16: Annotated[
         bool, typer.Option("--bf16/--fp32", help="Autocast; the weights are fp32 either way.")
     ] = _PAPER.bf16,

@@ -4,6 +4,7 @@ import json
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import live
@@ -99,6 +100,36 @@ def test_the_interface_is_on_the_openapi_page(server):
     }  # fmt: skip
     assert swap["parameters"][0]["name"] == "X-Enchtable-Admin-Token"
     assert "swap_in_progress" in swap["responses"]["409"]["description"]
+
+
+def shown(route):
+    """The answer that docs/http-api.md has below a route: `…`, `or null` and the like taken out."""
+    page = (Path(__file__).parents[2] / "docs" / "http-api.md").read_text()
+    section = page.partition(f"\n## `{route}`\n")[2].partition("\n## ")[0]
+    (answer,) = re.findall(r"^```\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
+    return json.loads(re.sub(r" or (null|true)", "", answer).replace("{…}", "null"))
+
+
+def assert_same_keys(shown, real, where):
+    """At every depth, where neither leaves it out."""
+    if isinstance(shown, dict) and isinstance(real, dict):
+        assert shown.keys() == real.keys(), where
+        for key in shown:
+            assert_same_keys(shown[key], real[key], f"{where}.{key}")
+    elif isinstance(shown, list):
+        for one in real:
+            assert_same_keys(shown[0], one, f"{where}[]")
+
+
+def test_the_documented_answers_have_the_keys_of_the_real_ones(server):
+    real = {
+        "POST /v1/enchtable/swap": server.swapped("sv-b"),
+        "GET /v1/enchtable/status": server.status(),
+        "GET /v1/enchtable/vectors": server.http.get("/v1/enchtable/vectors").json(),
+    }
+    assert real["GET /v1/enchtable/status"]["swaps"]
+    for route, answer in real.items():
+        assert_same_keys(shown(route), answer, route)
 
 
 BAD = {

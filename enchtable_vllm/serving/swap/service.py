@@ -34,6 +34,8 @@ _NOT_AS_THEY_SHOULD_BE = (
 )
 #: How often the root's ``current.json`` and the other API servers' swaps are looked for.
 _WATCH_SECONDS = 5.0
+#: Of a vector in the list: what is null until it has been read.
+_UNREAD = dict.fromkeys(("digest", "scope", "tensors", "signed_by", "fault"))
 
 
 class Observer(Protocol):
@@ -268,8 +270,7 @@ class SwapService:
         root, fingerprint = self._root(), status["task_model"]["fingerprint"]
         found = []
         for name in root.names() if root else ():
-            entry: dict[str, Any] = {"name": name, "digest": None, "planned": False, "fault": None}
-            entry["signed_by"] = None
+            entry: dict[str, Any] = {"name": name, **_UNREAD, "planned": False}
             try:
                 assert root is not None
                 vector, signature = open_signed(local(root.folder(name)), self._required)
@@ -285,10 +286,7 @@ class SwapService:
             found.append(entry)
         for name in self._allowed:
             active = name == status["active"]["safety_vector"]
-            found.append(
-                {"name": name, "digest": None, "planned": None, "fault": None}
-                | {"signed_by": None, "active": active}
-            )
+            found.append({"name": name, **_UNREAD, "planned": None, "active": active})
         return found
 
 
