@@ -229,13 +229,15 @@ def test_large_plans_stay_usable(plan, least):
 
 
 def test_what_has_no_room_is_said():
-    names = [f"stack{n % 50}.{n}.module{n % 97}.weight" for n in range(4000)]
+    names = [f"stack{n % 5}.{n}.module{n % 97}.weight" for n in range(4000)]
     found = facts(make_plan(names))
     grid = layout(found.grid)
     assert len(grid.cells) <= MOST_CELLS
     assert grid.left_out == 4000 - len(grid.cells) > 0
     text = report_page(found)
     assert f"{grid.left_out:,} further cells are not drawn" in text
+    assert text.count("The first 128 of 800 are shown.") == 5  # layers, of each stack
+    assert "The first 60 of 97 are shown." in text
     assert len(text.encode()) < 2_000_000
 
 

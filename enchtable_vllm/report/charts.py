@@ -142,6 +142,8 @@ def columns(values: Sequence[tuple[int, float, float]], title: str, words: str) 
         words: What is seen in it.
     """
     shown = values[:_MOST_COLUMNS]
+    if len(values) > len(shown):
+        words += f" The first {len(shown)} of {len(values):,} are shown."
     most = max(change for *_, change in shown) or 1.0
     inner, floor = 640, _HEIGHT - 26
     across = min(28.0, inner / len(shown))

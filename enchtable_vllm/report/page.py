@@ -176,11 +176,10 @@ def _spread(facts: Facts) -> Iterator[Html]:
     groups: dict[str, list[float]] = defaultdict(list)
     for matrix in facts.matrices:
         groups[place(matrix.name)[1]].append(matrix.attenuation)
-    yield ranges(
-        sorted(groups.items())[:_MOST_MODULES],
-        "Attenuation by module",
-        "Line: least to most; bar: the middle half; stroke: the median.",
-    )
+    words = "Line: least to most; bar: the middle half; stroke: the median."
+    if len(groups) > _MOST_MODULES:
+        words += f" The first {_MOST_MODULES} of {len(groups):,} are shown."
+    yield ranges(sorted(groups.items())[:_MOST_MODULES], "Attenuation by module", words)
 
 
 def _norms(facts: Facts) -> Iterator[Html]:
