@@ -19,6 +19,7 @@ from enchtable_vllm.demo.server import Server, free_port
 from .steps import Steps
 
 TOKEN = "the-token-of-this-benchmark"
+_SWAPPABLE = {"VLLM_PLUGINS": "enchtable", "ENCHTABLE_ADMIN_TOKEN": TOKEN}
 _SERVE = (
     "--dtype", "bfloat16", "--max-model-len", "1024", "--enforce-eager",
     "--disable-uvicorn-access-log",
@@ -33,7 +34,7 @@ class Lazy:
 
     Args:
         model: The model's folder.
-        arguments: Further ones of ``vllm serve``.
+        arguments: Further ones of ``vllm serve``; with those of `merging` it can be swapped.
         log: Where its output goes.
         steps: Times its start.
     """
@@ -66,7 +67,7 @@ class Lazy:
                 [*self._arguments, *_SERVE],
                 self._log,
                 port=int(kept.read_text()),
-                variables={"VLLM_PLUGINS": "enchtable", "ENCHTABLE_ADMIN_TOKEN": TOKEN},
+                variables=_SWAPPABLE if "enchtable" in self._arguments else {},
             )
             with self._steps.timed(f"start of {self._log.stem}"):
                 self._server.__enter__()
