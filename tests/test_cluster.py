@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 import threading
-import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import models
@@ -74,43 +74,41 @@ def at_work():
     return found
 
 
-def test_the_plan_is_the_one_that_threads_make(paths, expected):
-    seen = set()
+@contextmanager
+def meanwhile(look):
+    """Call ``look`` with the workers that have a task in hand, again and again."""
     done = threading.Event()
 
     def watch():
-        while not done.is_set():
-            seen.update(process.pid for process in at_work())
-            time.sleep(0.01)
+        while not done.wait(0.005):
+            look(at_work())
 
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
-        assert planned(paths) == expected
+        yield
     finally:
         done.set()
         watcher.join()
+
+
+def test_the_plan_is_the_one_that_threads_make(paths, expected):
+    seen = set()
+    with meanwhile(lambda workers: seen.update(worker.pid for worker in workers)):
+        assert planned(paths) == expected
     assert len(seen) >= 2
 
 
 def test_a_killed_worker_changes_nothing(paths, expected):
     killed = []
-    done = threading.Event()
 
-    def kill():
-        while not killed and not done.is_set():
-            for process in at_work()[:1]:
-                process.kill()
-                killed.append(process.pid)
-            time.sleep(0.005)
+    def kill_one(workers):
+        if workers and not killed:
+            workers[0].kill()
+            killed.append(workers[0].pid)
 
-    killer = threading.Thread(target=kill)
-    killer.start()
-    try:
+    with meanwhile(kill_one):
         assert planned(paths) == expected
-    finally:
-        done.set()
-        killer.join()
     assert len(killed) == 1
 
 
