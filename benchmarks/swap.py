@@ -3,10 +3,12 @@
     python benchmarks/swap.py [--swaps 20] [--soak 500]
 
 A real server of the small real model (SmolLM2-135M-Instruct) with two attention-scope vectors;
-four clients ask for completions all the time. Back and forth, ``--swaps`` times; printed are the
-medians of the paused window, of staging and of the whole swap, and the time of a restart, from the
-old server's end to the new one's first answer, measured in the same run. ``--soak`` goes on to as
-many swaps and prints how memory and requests fared.
+four clients ask for completions all the time, and one reads its answers token by token. Back and
+forth, ``--swaps`` times; printed are the medians of how long generation took to stop (the step that
+it is in), of the paused window, of the longest wait for a next token that a swap caused, of staging
+and of the whole swap, and the time of a restart, from the old server's end to the new one's first
+answer, measured in the same run. ``--soak`` goes on to as many swaps and prints how memory and
+requests fared.
 
 Correctness first: the weights that the ranks compute with are read back, and must be those of a
 fresh start on either vector; every answer must be whole, and come from one vector or the other.
@@ -170,6 +172,15 @@ class _Load:
         self.failures: list[str] = []
         self.versions: set[str] = set()
         self.of_any_length = False
+        #: When a stream had a token before, and when it got its next one.
+        self.waits: list[tuple[float, float]] = []
+
+    def longest_wait(self, began: float, ended: float) -> float | None:
+        """For a next token, of those waits that were going on between two moments."""
+        within = [
+            after - before for before, after in self.waits if after > began and before < ended
+        ]
+        return max(within, default=None)
 
 
 @contextmanager
@@ -196,7 +207,25 @@ def _load(server: _Server) -> Any:
                 except Exception as error:
                     seen.failures.append(f"{type(error).__name__}: {error}")
 
+    def listen() -> None:
+        with httpx.Client(base_url=server.url, timeout=120) as http:
+            while not ended.is_set():
+                question = _question(server, 0) | {"max_tokens": 256, "stream": True}
+                try:
+                    before = None
+                    with http.stream("POST", "/v1/completions", json=question) as answer:
+                        for line in answer.iter_lines():
+                            if line.startswith("data: {"):
+                                now = time.perf_counter()
+                                if before is not None:
+                                    seen.waits.append((before, now))
+                                before = now
+                    seen.answers += 1
+                except Exception as error:
+                    seen.failures.append(f"{type(error).__name__}: {error}")
+
     threads = [threading.Thread(target=ask, args=(client,)) for client in range(CLIENTS)]
+    threads.append(threading.Thread(target=listen))
     for thread in threads:
         thread.start()
     try:
@@ -214,13 +243,18 @@ def _swaps(
         server.post("swap", {"safety_vector": name})
         if server.weights() != fresh[name]:
             raise SystemExit(f"after a swap to '{name}' the weights are not those of a fresh start")
-    found: dict[str, list[float]] = {key: [] for key in ("paused", "staging", "swap")}
+    times = ("pausing", "paused", "staging", "swap")
+    found: dict[str, list[float]] = {key: [] for key in (*times, "wait")}
     for number in range(count):
         answer = server.post("swap", {"safety_vector": NAMES[number % 2]})
+        answered = time.perf_counter()
         assert answer["outcome"] == "swapped", answer
-        for key, seconds in found.items():
-            seconds.append(answer[f"{key}_seconds"])
-        time.sleep(0.2)
+        for key in times:
+            found[key].append(answer[f"{key}_seconds"])
+        time.sleep(0.5)  # the next token has come by then
+        stopped = answer["pausing_seconds"] + answer["paused_seconds"]
+        if (wait := load.longest_wait(answered - stopped, answered)) is not None:
+            found["wait"].append(wait)
     if load.failures:
         raise SystemExit(f"{len(load.failures)} requests failed: {load.failures[0]}")
     return found
@@ -256,7 +290,13 @@ def _report(
     device = f"{platform.machine()} CPU, {os.cpu_count()} cores"
     shape, medians = "SmolLM2-135M attention", {k: statistics.median(v) for k, v in found.items()}
     paused = medians["paused"]
+    usual = statistics.median(after - before for before, after in load.waits)
+    print(f"pausing  {medians['pausing'] * 1e3:8.1f} ms   the step that was going on ends")
     print(f"paused   {paused * 1e3:8.1f} ms   bound {MOST_PAUSED_SECONDS * 1e3:.0f} ms")
+    print(
+        f"wait     {medians['wait'] * 1e3:8.1f} ms   for a stream's next token, its cache being "
+        f"computed anew; {usual * 1e3:.1f} ms at other times"
+    )
     print(f"staging  {medians['staging'] * 1e3:8.1f} ms   while serving goes on")
     print(f"swap     {medians['swap'] * 1e3:8.1f} ms   from request to answer")
     print(f"restart  {restart * 1e3:8.1f} ms   paused / restart = 1/{restart / paused:.0f}")
