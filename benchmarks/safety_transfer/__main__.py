@@ -43,11 +43,12 @@ def main() -> None:
     tried = material.tried(packages, options.work.resolve() / "tried", models.problems, _PROBLEMS)
     for seed in range(1 if options.reduced else options.seeds):
         folder = options.work.resolve() / f"seed-{seed}"
-        folder.mkdir(exist_ok=True)
+        asked = folder / "asked"
+        asked.mkdir(parents=True, exist_ok=True)
         taught = material.taught(packages, seed, models.problems)
         cast = train_models(shipped, folder, seed, taught, models, steps)
         distil_vector(cast, MAIN.seeded(seed), taught.complied, steps)
-        asking = Asking(folder, cast, tried, steps)
+        asking = Asking(asked, cast, tried, steps)
         beta = _compare(asking)
         if not options.reduced:
             _ask_what_is_public(asking, beta, packages)
@@ -109,7 +110,7 @@ def _ablate(asking: Asking, beta: float, complied: Sequence[str]) -> None:
 def _report(work: Path, seeds: range, steps: Steps) -> None:
     rows = []
     for seed in seeds:
-        folder = work / f"seed-{seed}"
+        folder = work / f"seed-{seed}" / "asked"
         log = folder / "compared.txt"
         log.unlink(missing_ok=True)
         reports = [folder / name for name in _COMPARED]

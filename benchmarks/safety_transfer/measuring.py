@@ -20,6 +20,8 @@ from .training import Cast
 
 #: Greedy and short: a refusal is how an answer opens, and a problem is solved in one line.
 TOKENS = ("--max-tokens", 24, "--utility-max-tokens", 32, "--utility-prompt", "plain")
+#: One core computes, and a step of it costs little more for many requests than for a few.
+TOGETHER = ("--connections", 32)
 #: The rest, over 1,000 problems and 400 questions, is for the test.
 SPLIT = ("--validation-share", 0.2)
 #: Costs that a β may have on the validation split: of over-refusal one request, of those few.
@@ -80,7 +82,7 @@ class Asking:
             self.folder / name / REPORT_FILE,
             lambda: enchtable(
                 "eval", "--url", server.url, *wishes, "--allow-code-execution",
-                "--utility-max-tokens", 256, "-o", self.folder / name,
+                "--utility-max-tokens", 256, *TOGETHER, "-o", self.folder / name,
                 log=self.folder / "log.txt",
             ),
         )  # fmt: skip
@@ -100,7 +102,13 @@ class Asking:
         return Tuning.model_validate_json((output / TUNE_FILE).read_bytes())
 
     def _sets(self) -> list[object]:
-        words: list[object] = [*SPLIT, *TOKENS, "--utility", f"gsm8k={self.tried.problems}"]
+        words: list[object] = [
+            *SPLIT,
+            *TOKENS,
+            *TOGETHER,
+            "--utility",
+            f"gsm8k={self.tried.problems}",
+        ]
         for option, files in (("--safety", self.tried.safety), ("--harmless", self.tried.harmless)):
             words += [word for file in files for word in (option, file)]
         return words

@@ -188,7 +188,7 @@ def _task(
         name=name,
         dataset=dataset,
         solver=[*steps, answering],
-        scorer=_grade(items, done),
+        scorer=_grade(items.__getitem__, done),
         config=GenerateConfig(max_tokens=job.max_tokens),
     )
 
@@ -227,10 +227,12 @@ def _wrap(around: Around) -> Solver:
 
 
 @scorer(metrics=[mean()])
-def _grade(items: dict[str, Item], done: Callable[[], None]) -> Scorer:
+def _grade(item: Callable[[str], Item], done: Callable[[], None]) -> Scorer:
+    # By functions: inspect writes all other arguments into its log, once for every sample.
+
     async def score(state: TaskState, target: Target) -> Score:  # noqa: ARG001
         answer = state.output.completion
-        grade = await items[str(state.sample_id)].grade(answer)
+        grade = await item(str(state.sample_id)).grade(answer)
         done()
         return Score(
             value=1.0 if grade.verdict in ("unsafe", "correct") else 0.0,

@@ -8,6 +8,7 @@ import time
 import pytest
 from answering import ANSWER, MODEL, REFUSAL, Answering
 from eval_runs import command, inside, start, written
+from inspect_ai.log import list_eval_logs, read_eval_log
 
 from enchtable_vllm.evaluate.report import read_report
 
@@ -92,6 +93,14 @@ def test_everything_is_asked_once_marked_and_reported(sets, tmp_path):
         assert "here is how" not in text
     for file in output.rglob("*"):
         assert file.is_dir() or b"a-key-of-this-test" not in file.read_bytes()
+    for log in list_eval_logs(str(output / "logs")):  # a log of all prompts with each is quadratic
+        samples = read_eval_log(log).samples
+        for sample in samples:
+            text = sample.model_dump_json()
+            prompts = {other.input.partition("\n")[0] for other in samples}
+            (own,) = (prompt for prompt in prompts if prompt in sample.input)
+            assert own in text
+            assert not any(other in text for other in prompts - {own})
 
 
 def test_what_got_no_answer_is_said_and_asked_again(sets, tmp_path):
