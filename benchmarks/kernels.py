@@ -19,12 +19,13 @@ from benchmarks.harness.results import Results
 from benchmarks.harness.tables import Table
 from benchmarks.harness.units import shown
 from benchmarks.kernels_cases import Variant, ours, variants, verify_variants
+from benchmarks.kernels_registers import registers
 from enchtable_kernels._addition import Addition
 from enchtable_kernels.reference import fused_add_reference
 
 PEER = "memcpy"
 QUICK = {"mebibytes": 1, "rounds": 3}
-FULL = {"every_variant": True}
+FULL = {"every_variant": True, "capabilities": (80, 90, 100)}
 
 
 class Options(BaseOptions):
@@ -33,6 +34,9 @@ class Options(BaseOptions):
     mebibytes: int = Field(default=64, description="size of the weights")
     rounds: int = Field(default=9, ge=1, description="how often each is timed")
     every_variant: bool = Field(default=False, description="all 32, not the two usual ones")
+    capabilities: tuple[int, ...] = Field(
+        default=(), description="of NVIDIA's GPUs to compile for, 90 is 9.0: registers and spills"
+    )
 
 
 def _wanted(options: Options) -> Sequence[Variant]:
@@ -58,6 +62,8 @@ def measure(options: Options) -> Iterator[Row]:
             yield made(provider, values=seconds)
             speed = [moved / value for value in seconds]
             yield made(provider, values=speed, metric="bandwidth", unit="B/s")
+    for capability in options.capabilities:
+        yield from registers(capability)
 
 
 def _providers(variant: Variant, addition: Addition, moved: int) -> dict[str, Callable[[], object]]:

@@ -139,29 +139,3 @@ def verify_variants(wanted: Sequence[Variant], device: str) -> None:
                 got=f"{wrong} elements with others",
                 fix="No speed is reported.",
             )
-
-
-def plain(
-    stored: torch.Tensor, delta: torch.Tensor, scales: torch.Tensor | None,
-    keep: torch.Tensor | None, coefficient: float,
-) -> tuple[torch.Tensor, ...]:  # fmt: skip
-    """What one would write in torch: the same sum, and the same statistics of it in fp32.
-
-    Args:
-        stored: ``[rows, columns]``.
-        delta: Likewise.
-        scales: ``[rows, blocks, 1]`` of an int8 delta.
-        keep: ``[rows, columns]`` bool: a mask not packed, which torch would not take.
-        coefficient: Of the delta.
-    """
-    product = delta.float()
-    if scales is not None:
-        product = (product.view(*scales.shape[:2], -1) * scales).view(delta.shape)
-    product = product * coefficient
-    if keep is not None:
-        product = torch.where(keep, product, 0.0)
-    before = stored.float()
-    merged = (before + product).to(stored.dtype)
-    added = merged.float() - before
-    finite = torch.isfinite(merged)
-    return merged, (product**2).sum(), (added**2).sum(), (added * product).sum(), (~finite).sum()

@@ -10,7 +10,7 @@ import torch
 from docs_text import ROOT
 from typer.testing import CliRunner
 
-from benchmarks import commands, kernels_cases, runs
+from benchmarks import commands, kernels_cases, kernels_cuda, kernels_registers, runs
 from benchmarks.harness import NotVerified, Options, registry, row
 from benchmarks.harness.registry import REGISTRY, Benchmark
 from benchmarks.harness.rows import read
@@ -168,7 +168,7 @@ def python(*words):
 def test_a_refusal_is_one_message():
     done = python("run", "nothing")
     assert done.returncode == 2
-    assert done.stderr.startswith("ConfigError: benchmark: expected one of kernels, plan")
+    assert done.stderr.startswith("ConfigError: benchmark: expected one of kernels, ")
 
 
 def test_planning():
@@ -180,3 +180,37 @@ def test_planning():
         for provider in ("authors' algorithm", "cold", "cached"):
             assert (what, provider) in found
     assert {path: path.read_bytes() for path in RESULTS.iterdir()} == before
+
+
+def test_the_peer_in_torch_is_the_same_sum():
+    kernels_cuda.verify_peer(tuple(kernels_cases.variants()), "cpu")
+
+
+def test_every_variant_is_measured_and_moves_the_bytes_that_it_holds():
+    every = list(kernels_cases.variants())
+    assert len(set(map(str, every))) == 32
+    for variant in every:
+        addition = variant.addition(variant.elements(2**20), "cpu")
+        tensors = [addition.stored, addition.delta, addition.out, addition.scales]
+        held = sum(t.numel() * t.itemsize for t in (*tensors, addition.keep_bits) if t is not None)
+        counted = variant.bytes_an_element * addition.stored.numel()
+        assert counted == pytest.approx(held, rel=1e-3), str(variant)
+
+
+def test_registers_come_from_the_compiler(monkeypatch, tmp_path):
+    """The program is the tests' own, tried in kernels/test_compile.py; here how it is read."""
+    line = {"variant": ["bf16", "i8", 2, True, True], "registers": 40, "spills": 0}
+    program = tmp_path / "compile.py"
+    program.write_text(f"print('''{json.dumps(line)}''')\nprint('{{}}')")
+    monkeypatch.setattr(kernels_registers, "_PROGRAM", program)
+    found = {one.metric: one for one in kernels_registers.registers(90)}
+    assert found["registers"].shape == "bf16 + int8, ragged, masked, stochastic"
+    assert (found["registers"].p50, found["spills"].p50) == (40, 0)
+    assert found["spills"].provider == "sm_90"
+
+
+@pytest.mark.gpu
+def test_the_addition_on_a_gpu():
+    done = python("run", "kernels-cuda", "--quick", "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {one["provider"] for one in json.loads(done.stdout)} >= {"copy", "fused_add"}
