@@ -1,10 +1,11 @@
 """Swapping under load, against a restart of the same server.
 
 A real server of the small real model (SmolLM2-135M-Instruct) with two attention-scope vectors;
-four clients ask for completions all the time. Swapped back and forth: how long generation is
-paused, how long staging takes meanwhile, how long the whole swap; and how long a restart is away,
-from the old server's end to the new one's first answer. ``soak`` goes on to as many swaps, and
-sees how memory and requests fare.
+four clients ask for completions all the time, and one reads its answers token by token. Swapped
+back and forth: how long generation takes to stop (the step that it is in), how long it then stands
+still, the longest wait for a next token that a swap caused, how long staging takes meanwhile and
+the whole swap; and how long a restart is away, from the old server's end to the new one's first
+answer. ``soak`` goes on to as many swaps, and sees how memory and requests fare.
 
 The weights that the ranks compute with are read back, and must be those of a fresh start on
 either vector; every answer must be whole, and come from one vector or the other.
@@ -37,6 +38,14 @@ MOST_PAUSED_SECONDS = 0.15
 MOST_OF_A_RESTART = 1 / 100
 MOST_GROWTH = 0.03
 _OURS, _SHAPE = "enchtable", "SmolLM2-135M-Instruct, attention"
+#: What an answer says it took → the metric; and what a client saw.
+_ANSWERED = {
+    "pausing": "pausing",
+    "paused": "without an answer",
+    "staging": "staging",
+    "swap": "whole",
+}
+_WAIT = "wait"
 _SETTLED_AFTER = 5
 _WARM_UP_SECONDS = 60.0
 
@@ -100,17 +109,24 @@ def measure(options: Options) -> Iterator[Row]:
 def _swaps(server: SwapServer, count: int, load: Load) -> Iterator[Row]:
     for name in NAMES:  # whatever is made once is made
         server.swap(name)
-    found: dict[str, list[float]] = {key: [] for key in ("paused", "staging", "swap")}
+    found: dict[str, list[float]] = {key: [] for key in (*_ANSWERED, _WAIT)}
     for number in range(count):
         answer = server.swap(NAMES[number % 2])
+        answered = time.perf_counter()
         if answer["outcome"] != "swapped":
             raise NotVerified("swap", expected="swapped", got=answer["outcome"], fix="See its log.")
-        for key, seconds in found.items():
-            seconds.append(answer[f"{key}_seconds"])
-        time.sleep(0.2)
+        for key in _ANSWERED:
+            found[key].append(answer[f"{key}_seconds"])
+        time.sleep(0.5)  # the next token has come by then
+        stopped = answer["pausing_seconds"] + answer["paused_seconds"]
+        if (wait := load.longest_wait(answered - stopped, answered)) is not None:
+            found[_WAIT].append(wait)
     _demand_whole(load)
-    for key, metric in (("paused", "without an answer"), ("staging", "staging"), ("swap", "whole")):
-        yield row("swap", _OURS, _SHAPE, "bf16", found[key], metric=metric)
+    for key, metric in {**_ANSWERED, _WAIT: "wait of a stream"}.items():
+        if found[key]:
+            yield row("swap", _OURS, _SHAPE, "bf16", found[key], metric=metric)
+    usual = [after - before for before, after in load.waits]
+    yield row("swap", "no swap", _SHAPE, "bf16", usual, metric="wait of a stream")
 
 
 def _demand_whole(load: Load) -> None:

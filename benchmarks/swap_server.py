@@ -116,11 +116,20 @@ class Load:
         self.failures: list[str] = []
         self.versions: set[str] = set()
         self.of_any_length = False
+        #: When a stream had a token before, and when it got its next one.
+        self.waits: list[tuple[float, float]] = []
+
+    def longest_wait(self, began: float, ended: float) -> float | None:
+        """For a next token, of those waits that were going on between two moments."""
+        within = [
+            after - before for before, after in self.waits if after > began and before < ended
+        ]
+        return max(within, default=None)
 
 
 @contextmanager
 def under_load(server: SwapServer) -> Iterator[Load]:
-    """Clients that ask one question after the other."""
+    """Clients that ask one question after the other, and one that reads token by token."""
     seen, ended = Load(), threading.Event()
 
     def ask(client: int) -> None:
@@ -130,12 +139,17 @@ def under_load(server: SwapServer) -> Iterator[Load]:
             while not ended.is_set():
                 number += 1
                 words = dice.randrange(2 * _MOST_BATCHED_TOKENS) if seen.of_any_length else 0
-                try:
+                with _failures(seen):
                     _ask(http, _question(server, number * CLIENTS + client, words), seen)
-                except Exception as error:
-                    seen.failures.append(f"{type(error).__name__}: {error}")
+
+    def listen() -> None:
+        with httpx.Client(base_url=server.url, timeout=120) as http:
+            while not ended.is_set():
+                with _failures(seen):
+                    _listen(http, _question(server, 0), seen)
 
     threads = [threading.Thread(target=ask, args=(client,)) for client in range(CLIENTS)]
+    threads.append(threading.Thread(target=listen))
     for thread in threads:
         thread.start()
     try:
@@ -154,6 +168,29 @@ def _ask(http: httpx.Client, question: dict[str, Any], seen: Load) -> None:
         seen.failures.append(str(choice["finish_reason"]))
     seen.versions.add(answer.headers["X-Enchtable-Version"])
     seen.answers += 1
+
+
+def _listen(http: httpx.Client, question: dict[str, Any], seen: Load) -> None:
+    question |= {"max_tokens": 256, "stream": True}
+    before = None
+    with http.stream("POST", "/v1/completions", json=question) as answer:
+        answer.raise_for_status()
+        for line in answer.iter_lines():
+            if line.startswith("data: {"):
+                now = time.perf_counter()
+                if before is not None:
+                    seen.waits.append((before, now))
+                before = now
+    seen.answers += 1
+
+
+@contextmanager
+def _failures(seen: Load) -> Iterator[None]:
+    """Whatever goes wrong with a request is a request lost."""
+    try:
+        yield
+    except Exception as error:
+        seen.failures.append(f"{type(error).__name__}: {error}")
 
 
 def _question(server: SwapServer, number: int, words: int = 0) -> dict[str, Any]:

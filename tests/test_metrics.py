@@ -63,7 +63,8 @@ def status(name="sv-a", epoch=0, **more):
 def record(outcome="swapped", phase="done", **more):
     return {
         "epoch": 1, "from": "sv-a", "to": "sv-b", "outcome": outcome, "phase": phase,
-        "began": "2026-01-01T12:00:00Z", "staging_seconds": 0.41, "paused_seconds": 0.09,
+        "began": "2026-01-01T12:00:00Z", "staging_seconds": 0.41,
+        "pausing_seconds": 0.04, "paused_seconds": 0.09,
         "swap_seconds": 0.55, "reason": None,
     } | more  # fmt: skip
 
@@ -183,6 +184,7 @@ def test_swaps_are_counted_by_outcome_and_timed(one):
     assert found["enchtable_swap_staging_seconds_count"] == 2
     assert found['enchtable_swap_paused_seconds_bucket{le="0.1"}'] == 2
     assert found['enchtable_swap_paused_seconds_bucket{le="0.05"}'] == 0
+    assert found["enchtable_swap_pausing_seconds_sum"] == pytest.approx(3 * 0.04)
     assert found["enchtable_staged_bytes"] == 7
 
 

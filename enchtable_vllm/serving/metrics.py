@@ -157,9 +157,14 @@ class ServerMetrics:
             "swap_seconds": histogram(
                 "enchtable_swap_seconds", "A swap, from the request to its end.", buckets=_SWAP
             ),
+            "pausing_seconds": histogram(
+                "enchtable_swap_pausing_seconds",
+                "How long generation took to stop: a step, or with pause 'wait' all requests.",
+                buckets=_SWAP,
+            ),
             "paused_seconds": histogram(
                 "enchtable_swap_paused_seconds",
-                "How long a swap paused generation.",
+                "How long generation then stood still.",
                 buckets=_PAUSED,
             ),
             "staging_seconds": histogram(

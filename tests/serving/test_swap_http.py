@@ -195,6 +195,7 @@ def test_swap_and_rollback(server):
     answer = server.swapped("sv-b")
     assert (answer["from"], answer["to"], answer["epoch"]) == ("sv-a", "sv-b", epoch + 1)
     assert 0 < answer["paused_seconds"] < answer["swap_seconds"]
+    assert 0 < answer["pausing_seconds"] < answer["swap_seconds"] - answer["paused_seconds"]
     status = server.status()
     assert status["active"]["safety_vector"] == "sv-b"
     assert status["weight_version"] == answer["weight_version"] != version

@@ -34,7 +34,12 @@ Answers = list[list[dict[str, Any]]]
 
 @dataclass
 class Record:
-    """What is told of a swap; see ``swaps`` in docs/http-api.md."""
+    """What is told of a swap; see ``swaps`` in docs/http-api.md.
+
+    ``pausing_seconds`` is from asking for the pause until no engine computes any more: a step of
+    the model where requests are kept, as long as they take where they are waited for.
+    ``paused_seconds`` is from then until generation goes on.
+    """
 
     source: str
     target: str
@@ -42,6 +47,7 @@ class Record:
     outcome: str = "refused"
     phase: str = "stage"
     staging_seconds: float = 0.0
+    pausing_seconds: float = 0.0
     paused_seconds: float = 0.0
     swap_seconds: float = 0.0
     staged_bytes: int = 0
@@ -165,6 +171,7 @@ class Transaction:
             "to": self.record.target,
             "weight_version": polled["weight_version"],
             "staging_seconds": self.record.staging_seconds,
+            "pausing_seconds": 0.0,
             "paused_seconds": 0.0,
             "staged_bytes": self.record.staged_bytes,
             "persisted": False,
@@ -191,7 +198,10 @@ class Transaction:
             await self._undo(failure, polled["old_digest"], paused_at)
         await self._resume(paused_at)
         self.record.outcome, self.record.phase = str(result["outcome"]), "done"
-        return result | {"paused_seconds": self.record.paused_seconds}
+        return result | {
+            "pausing_seconds": self.record.pausing_seconds,
+            "paused_seconds": self.record.paused_seconds,
+        }
 
     async def _persist(self) -> bool:
         return await asyncio.to_thread(
@@ -243,7 +253,7 @@ class Transaction:
                 "generation: expected it to be running, got one that is paused already",
                 "Nothing was changed. Resume it first, by whatever paused it.",
             )
-        paused_at = time.perf_counter()
+        asked_at = time.perf_counter()
         try:
             await asyncio.wait_for(self._engines.pause(self._request.pause), _PAUSE_SECONDS)
         except BaseException as error:
@@ -256,6 +266,9 @@ class Transaction:
                 f"{_PAUSE_SECONDS:g} s, got some that did not",
                 "Nothing was changed. Use 'keep', or 'abort'.",
             ) from error
+        finally:
+            paused_at = time.perf_counter()
+            self.record.pausing_seconds = paused_at - asked_at
         return paused_at
 
     async def _undo(self, failure: Exception, old_digest: str, paused_at: float) -> None:
