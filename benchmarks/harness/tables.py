@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks.harness.registry import REGISTRY
 from benchmarks.harness.results import NotMeasured, Results
@@ -64,12 +65,17 @@ def blocks() -> Blocks:
     """Those of every benchmark, and of the pages that derive figures from several."""
     from benchmarks import scale, summary
 
-    sources = [benchmark.shown("TABLES") for benchmark in REGISTRY]
-    return {
-        name: make
-        for source in (*sources, summary.TABLES, scale.TABLES)
-        for name, make in source.items()
-    }
+    found = {**summary.TABLES, **scale.TABLES}
+    for benchmark in REGISTRY:
+        found |= benchmark.shown("TABLES")
+        for name, make in benchmark.shown("PLOTS").items():
+            found[f"{name}-plot"] = functools.partial(_image, name, make)
+    return found
+
+
+def _image(name: str, make: Callable[[Results], Any], results: Results) -> str:
+    """The plot of that name, where there is one to be drawn."""
+    return f"![{make(results).title}](images/bench-{name}.svg)\n"
 
 
 def pages() -> list[Path]:
