@@ -3,7 +3,7 @@ VENV ?= .venv
 READY := $(VENV)/.ready
 BIN := $(VENV)/bin
 
-.PHONY: help setup system-deps demo test test-gpu test-slow test-matrix supported reference docs dist lint types format bench bench-plan bench-load bench-swap bench-transfer distill-demo fuzz clean screenshots
+.PHONY: help setup system-deps demo test test-gpu test-slow test-matrix supported reference docs dist lint types format bench bench-gpu bench-plan bench-load bench-swap bench-transfer tables distill-demo fuzz clean screenshots
 help: ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /|/' | column -t -s '|'
 
@@ -31,14 +31,30 @@ test-gpu: $(READY) ## Run the tests that need a CUDA device.
 test-slow: $(READY) ## Run the tests that take minutes.
 	@$(BIN)/python -m pytest -m slow
 
-bench-load: $(READY) ## Measure weight loading against vLLM's plain loader.
-	@$(BIN)/python benchmarks/load.py
+bench: $(READY) ## Measure all that needs no GPU, half an hour; write the tables and plots of the pages. FULL=1
+	@$(BIN)/python -m benchmarks run --device cpu $(if $(FULL),--full); \
+	    code=$$?; $(MAKE) --no-print-directory tables && exit $$code
 
-bench-swap: $(READY) ## Measure swapping under load against a restart. SOAK=500
-	@$(BIN)/python benchmarks/swap.py $(if $(SOAK),--soak $(SOAK))
+bench-gpu: $(READY) ## Measure all that needs a CUDA device; without one it says so.
+	@$(BIN)/python -m benchmarks run --device cuda $(if $(FULL),--full); \
+	    code=$$?; $(MAKE) --no-print-directory tables && exit $$code
+
+bench-plan: $(READY) ## Measure planning against the algorithm as published. FULL=1
+	@$(BIN)/python -m benchmarks run plan $(if $(FULL),--full)
+
+bench-load: $(READY) ## Measure loading against plain vLLM and against merging to disk. FULL=1
+	@$(BIN)/python -m benchmarks run load $(if $(FULL),--full)
+
+bench-swap: $(READY) ## Measure swapping under load against a restart. FULL=1, or SOAK=500
+	@$(BIN)/python -m benchmarks run swap $(if $(FULL),--full) $(if $(SOAK),-o soak=$(SOAK))
+
+tables: $(READY) ## Write the tables and plots of README.md and docs/ out of the newest results.
+	@$(BIN)/python -m benchmarks tables
+	@$(BIN)/python -m benchmarks plot
+	@$(BIN)/python docs/_reference
 
 bench-transfer: $(READY) ## Measure what a vector gives back, and at what price; hours. REDUCED=1: 40 minutes.
-	@PYTHONPATH=benchmarks $(BIN)/python -m safety_transfer $(if $(REDUCED),--reduced)
+	@$(BIN)/python -m benchmarks.safety_transfer $(if $(REDUCED),--reduced)
 
 fuzz: $(READY) ## Feed damaged inputs to every reader. FUZZ_SECONDS=36000 for a night.
 	@$(BIN)/python tests/fuzz/fuzzer.py --seconds $(or $(FUZZ_SECONDS),600) --seed $$(date +%s)
@@ -74,12 +90,6 @@ types: $(READY) ## Check types (mypy, strict).
 format: $(READY) ## Rewrite in the project's style.
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
-
-bench: $(READY) ## Measure the fused addition on this machine.
-	@$(BIN)/python benchmarks/fused_add.py
-
-bench-plan: $(READY) ## Measure planning against the algorithm as published; ten minutes.
-	@$(BIN)/python benchmarks/plan.py
 
 clean: ## Remove what was built; .venv stays.
 	@rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache

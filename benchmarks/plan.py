@@ -3,260 +3,207 @@
 The peer is the method as published: two full fp32 SVDs and the dense formula, one pair of
 matrices after the other, each on all threads. Ours plans as many pairs at once as there are
 cores; a time is that of one pair. *Cold* factors both deltas, *cached* has the vector's factors.
-Correctness first: the interference must agree with the peer's, and for sides up to 1024 with
-float64, to 2.7e-4 of itself, which is 1e-4 of any attenuation; else no speed is reported.
-
-*flat* deltas are Gaussian; *decaying* ones have a few strong directions, as fine-tunes do, and
-climb to the second rung.
-
-    python benchmarks/plan.py [--shapes 576x576 1024x4096] [--rounds 5] [--layers 30]
-    python benchmarks/plan.py --quick
-    python benchmarks/plan.py --threads 1 --jobs 1  # on a machine that others use as well
-    python benchmarks/plan.py --shapes --task-model T --base-model B --safety-vector S
+The interference must agree with the peer's, and for sides up to 1024 with float64, to 2.7e-4 of
+itself, which is 1e-4 of any attenuation.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
-import platform
 import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from _harness import interleaved, quantiles, row, write
-from safetensors.torch import save_file
+from pydantic import Field
 
-from enchtable_vllm.checkpoint import Checkpoint, local, locate
+from benchmarks.harness import NotVerified, Row, interleaved, row
+from benchmarks.harness import Options as BaseOptions
+from benchmarks.plan_cases import GAMMA, Shape, delta, published, published_plan, random_model
+from benchmarks.plan_growth import growth
+from benchmarks.plan_pages import PLOTS, TABLES
+from enchtable_vllm.checkpoint import Checkpoint, local
 from enchtable_vllm.plan import MergePlan, PlanOptions, compute_plan
 from enchtable_vllm.plan.interference import interference_terms
-from enchtable_vllm.vector import SafetyVector, add_factors, build_vector
+from enchtable_vllm.vector import SafetyVector, add_factors
 from enchtable_vllm.vector.factors import factor
 from enchtable_vllm.vector.workers import worker_count, workers
 
+__all__ = ["FULL", "PEER", "PLOTS", "QUICK", "TABLES", "Options", "measure", "verify"]
+
 PEER = "authors' algorithm"
-SHAPES = ["576x576", "2048x2048", "576x1536", "1024x4096"]
-GAMMA = 0.5
+QUICK = {"shapes": ("96x96", "80x320"), "rounds": 2, "layers": 1, "hidden": 96}
+FULL = {
+    "shapes": ("192x576", "576x576", "576x1536", "512x2048", "2048x2048", "1024x4096", "4096x4096"),
+    "rounds": 5,
+}
 #: x·e⁻ˣ ≤ 1/e: a relative error of the interference is at most 0.37 of it in the attenuation.
 TOLERANCE = 1e-4 * math.e
 #: A float64 SVD is affordable up to this side.
 ORACLE_SIDE = 1024
+_N = 0.1
 
 
-def published(task: torch.Tensor, safety: torch.Tensor, n: float, gamma: float) -> float:
-    """Interference as published, in the precision of its inputs: SVD, join, multiply."""
-    u1, s1, v1 = torch.linalg.svd(task, full_matrices=False)
-    u2, s2, v2 = torch.linalg.svd(n * safety, full_matrices=False)
-    k1, k2 = math.floor(gamma * len(s1)), math.floor(gamma * len(s2))
-    u = torch.cat([u1[:, :k1], u2[:, :k2]], dim=1)
-    v = torch.cat([v1[:k1], v2[:k2]]).mT
-    sigma = torch.diag(torch.cat([s1[:k1], s2[:k2]]))
-    identity = torch.eye(k1 + k2, dtype=task.dtype)
-    entries = (u.mT @ u - identity) @ sigma @ (v.mT @ v - identity)
-    return 200 * float(entries.abs().sum()) / (k1 + k2) ** 2
+class Options(BaseOptions):
+    """Of planning."""
 
-
-def delta(shape: tuple[int, int], spectrum: str, generator: torch.Generator) -> torch.Tensor:
-    """A random delta of 1e-3 rms or so."""
-    rows, columns = shape
-    noise = torch.randn(shape, generator=generator) * 1e-3
-    if spectrum == "flat":
-        return noise
-    rank = min(shape) // 8
-    left = torch.randn((rows, rank), generator=generator) * torch.logspace(0, -2, rank)
-    strong = 0.02 * (left @ torch.randn((rank, columns), generator=generator))
-    return (noise + strong) * 0.1  # a fine-tune's size beside weights of 0.05
-
-
-def check(what: str, found: float, task: torch.Tensor, safety: torch.Tensor, n: float) -> None:
-    """Refuse to report a speed where the number is not right."""
-    expected = {PEER: published(task, safety, n, GAMMA)}
-    if min(task.shape) <= ORACLE_SIDE:
-        expected["float64"] = published(task.double(), safety.double(), n, GAMMA)
-    for name, value in expected.items():
-        if not abs(found / value - 1) <= TOLERANCE:
-            raise SystemExit(f"{what}: {found}, but {name} gives {value}: no speed is reported")
-
-
-def matrices(
-    shape: tuple[int, int], spectrum: str, rounds: int, jobs: int, pool: ThreadPoolExecutor
-) -> dict[str, list[float]]:
-    """Seconds for one pair of one shape, for each provider."""
-    generator = torch.Generator().manual_seed(0)
-    task, safety = (delta(shape, spectrum, generator) for _ in range(2))
-    cached = pool.submit(factor, safety, GAMMA).result()
-
-    def cold(_: int) -> tuple[float, float]:
-        return interference_terms(factor(task, GAMMA), factor(safety, GAMMA))
-
-    def warm(_: int) -> tuple[float, float]:
-        return interference_terms(factor(task, GAMMA), cached)
-
-    a, b = pool.submit(cold, 0).result()
-    if pool.submit(warm, 0).result() != (a, b):
-        raise SystemExit("cached factors change the result: no speed is reported")
-    check(f"{shape} {spectrum}", a * 0.1 + b, task, safety, 0.1)
-    seconds = interleaved(
-        {
-            PEER: lambda: published(task, safety, 0.1, GAMMA),
-            "cold": lambda: list(pool.map(cold, range(jobs))),
-            "cached": lambda: list(pool.map(warm, range(jobs))),
-        },
-        rounds,
+    shapes: tuple[str, ...] = Field(
+        default=("192x576", "576x576", "576x1536", "512x2048", "2048x2048", "1024x4096"),
+        description="of matrices, rows x columns",
     )
-    return {
-        name: values if name == PEER else [value / jobs for value in values]
-        for name, values in seconds.items()
-    }
+    spectra: tuple[str, ...] = Field(default=("flat", "decaying"), description="of random deltas")
+    rounds: int = Field(default=3, ge=1, description="how often each is timed")
+    layers: int = Field(default=30, description="of the random model; 0: no whole model")
+    hidden: int = Field(default=576, description="its width")
+    task_model: Path | None = Field(default=None, description="instead of the random model")
+    base_model: Path | None = Field(default=None, description="of the task model")
+    safety_vector: Path | None = Field(default=None, description="of the task model")
+    threads: int = Field(default_factory=torch.get_num_threads, description="the peer's")
+    jobs: int = Field(default_factory=lambda: worker_count(None, "cpu"), description="ours")
 
-
-def random_model(folder: Path, layers: int, hidden: int) -> tuple[Path, Path, Path]:
-    """Checkpoints of SmolLM2-135M's proportions: (task, base, vector)."""
-    generator = torch.Generator().manual_seed(0)
-    kv, ffn = hidden // 3, hidden * 8 // 3
-    shapes = {
-        "self_attn.q_proj": (hidden, hidden), "self_attn.o_proj": (hidden, hidden),
-        "self_attn.k_proj": (kv, hidden), "self_attn.v_proj": (kv, hidden),
-        "mlp.gate_proj": (ffn, hidden), "mlp.up_proj": (ffn, hidden),
-        "mlp.down_proj": (hidden, ffn),
-    }  # fmt: skip
-    weights = {
-        f"model.layers.{layer}.{kind}.weight": torch.randn(shape, generator=generator) * 0.05
-        for layer in range(layers)
-        for kind, shape in shapes.items()
-    }
-    for name, sign in (("base", 0), ("surrogate", -1), ("task", 1)):
-        (folder / name).mkdir(parents=True)
-        moved = {
-            key: w + sign * delta((w.shape[0], w.shape[1]), "decaying", generator)
-            for key, w in weights.items()
-        }
-        if name != "surrogate":
-            moved = {key: w.bfloat16() for key, w in moved.items()}
-        save_file(moved, folder / name / "model.safetensors")
-    (folder / "aligned").mkdir()
-    save_file(weights, folder / "aligned" / "model.safetensors")
-    build_vector(
-        locate(folder / "aligned"),
-        locate(folder / "surrogate"),
-        folder / "vector",
-        scope="attention+ffn",
-    )
-    return folder / "task", folder / "base", folder / "vector"
-
-
-def published_plan(task: Checkpoint, base: Checkpoint, vector: SafetyVector, n: float) -> float:
-    """The peer on a whole model: the interference of all merged matrices, added up."""
-    total = 0.0
-    for name, entry in vector.tensors.items():
-        moved = task.read(name).float() - base.read(name).float()
-        if len(entry.shape) == 2:
-            total += published(moved, vector.read(name).float(), n, GAMMA)
-    return total
-
-
-def model(
-    paths: tuple[Path, Path, Path], scratch: Path, rounds: int, jobs: int
-) -> dict[str, list[float]]:
-    """Seconds for a whole plan: files read, digests and outcome included, for each provider."""
-    ends = [local(path) for path in paths[:2]]
-    task, base = (Checkpoint(end.path) for end in ends)
-    vectors = {}
-    for name in ("cold", "cached"):
-        shutil.copytree(paths[2], scratch / name, ignore=shutil.ignore_patterns("*factors*"))
-        vectors[name] = SafetyVector.open(scratch / name)
-    add_factors(vectors["cached"], jobs=jobs, max_shard_bytes=10**10)
-    vectors["cached"] = SafetyVector.open(scratch / "cached")
-
-    def plan(vector: SafetyVector) -> MergePlan:
-        options = PlanOptions(jobs=jobs, allow_other_base=True)
-        return compute_plan(ends[0], ends[1], vector, options)
-
-    made = plan(vectors["cold"])
-    if plan(vectors["cached"]).tensors != made.tensors:
-        raise SystemExit("cached factors change the plan: no speed is reported")
-    found = sum(sum(tensor.interference) for tensor in made.merged.values())
-    expected = published_plan(task, base, vectors["cold"], made.norm_scale)
-    if not abs(found / expected - 1) <= TOLERANCE:
-        raise SystemExit(f"{found}, but {PEER} gives {expected}: no speed is reported")
-    return interleaved(
-        {
-            PEER: lambda: published_plan(task, base, vectors["cold"], made.norm_scale),
-            "cold": lambda: plan(vectors["cold"]),
-            "cached": lambda: plan(vectors["cached"]),
-        },
-        rounds,
-    )
-
-
-def measurements(
-    options: argparse.Namespace, jobs: int
-) -> Iterator[tuple[str, dict[str, list[float]]]]:
-    """What was measured, and the seconds of each provider."""
-    with workers(jobs) as pool:
-        torch.set_num_threads(options.threads)
-        for shape in options.shapes:
+    def pairs(self) -> Iterator[tuple[Shape, str]]:
+        """Each shape with each spectrum."""
+        for shape in self.shapes:
             rows, columns = map(int, shape.split("x"))
-            for spectrum in options.spectra:
-                found = matrices((rows, columns), spectrum, options.rounds, jobs, pool)
-                yield f"{shape} {spectrum}", found
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        if options.task_model is not None:
-            paths = options.task_model, options.base_model, options.safety_vector
-            name = f"model {options.task_model.name}"
-        elif options.layers:
-            paths = random_model(folder / "random", options.layers, options.hidden)
-            name = f"model of {options.layers} layers, {options.hidden} wide"
-        else:
-            return
-        yield name, model(paths, folder, options.rounds, jobs)
+            for spectrum in self.spectra:
+                yield (rows, columns), spectrum
+
+    @property
+    def model(self) -> str | None:
+        """The whole model's name, if there is one."""
+        if self.task_model is not None:
+            return f"model {self.task_model.name}"
+        return f"model of {self.layers} layers, {self.hidden} wide" if self.layers else None
 
 
-def parse() -> argparse.Namespace:
-    """The options."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--shapes", nargs="*", default=SHAPES)
-    parser.add_argument("--spectra", nargs="*", default=["flat", "decaying"])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--layers", type=int, default=30, help="0: no whole model")
-    parser.add_argument("--hidden", type=int, default=576)
-    for name in ("--task-model", "--base-model", "--safety-vector"):
-        parser.add_argument(name, type=Path, help="measure on these instead of random ones")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="the peer's")
-    parser.add_argument("--jobs", type=int, default=worker_count(None, "cpu"), help="ours")
-    parser.add_argument("--quick", action="store_true", help="small shapes, nothing is written")
-    options = parser.parse_args()
-    if options.quick:
-        options.shapes, options.rounds = ["96x96", "80x320"], 2
-        options.layers, options.hidden = 1, 96
-    return options
+class Pair:
+    """Two random deltas, and each way to their interference."""
+
+    def __init__(self, shape: Shape, spectrum: str, pool: ThreadPoolExecutor) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.task, self.safety = (delta(shape, spectrum, generator) for _ in range(2))
+        self._cached = pool.submit(factor, self.safety, GAMMA).result()
+
+    def published(self) -> float:
+        """The peer's."""
+        return published(self.task, self.safety, _N, GAMMA)
+
+    def cold(self, _: int = 0) -> tuple[float, float]:
+        """Ours, both deltas factored."""
+        return interference_terms(factor(self.task, GAMMA), factor(self.safety, GAMMA))
+
+    def cached(self, _: int = 0) -> tuple[float, float]:
+        """Ours, with the vector's factors."""
+        return interference_terms(factor(self.task, GAMMA), self._cached)
 
 
-def main() -> None:
-    """Measure, print ratios, append rows to results/plan.csv."""
-    options = parse()
-    jobs = options.jobs
-    device = f"{platform.machine()} CPU, {options.threads} threads, {jobs} jobs"
-    print(f"median seconds on {device}")
-    print(f"{'':34}{PEER:>20}{'cold':>10}{'':>8}{'cached':>10}")
-    rows: list[dict[str, object]] = []
-    for what, seconds in measurements(options, jobs):
-        middle = {name: quantiles(values)[1] for name, values in seconds.items()}
-        line = f"{what:34}{middle[PEER]:20.4f}"
-        for name in ("cold", "cached"):
-            line += f"{middle[name]:10.4f}{middle[PEER] / middle[name]:7.1f}x"
-        print(line)
-        for name, values in seconds.items():
-            rows.append(row("plan", name, what, "fp32", values))
-    if not options.quick:
-        print(f"rows appended to {write('plan', rows, device)}")
+def verify(options: Options) -> None:
+    """Agrees with the peer and with float64; cached factors change nothing."""
+    with workers(options.jobs) as pool:
+        torch.set_num_threads(options.threads)
+        for shape, spectrum in options.pairs():
+            what, pair = f"{_name(shape)} {spectrum}", Pair(shape, spectrum, pool)
+            a, b = pool.submit(pair.cold).result()
+            _demand(what, pool.submit(pair.cached).result() == (a, b), "the same with factors")
+            _agree(what, a * _N + b, PEER, pair.published())
+            if min(shape) <= ORACLE_SIDE:
+                exact = published(pair.task.double(), pair.safety.double(), _N, GAMMA)
+                _agree(what, a * _N + b, "float64", exact)
+    if options.model is not None:
+        model = Model(options)
+        made = model.plan("cold")
+        _demand(
+            options.model, model.plan("cached").tensors == made.tensors, "the same with factors"
+        )
+        found = sum(sum(tensor.interference) for tensor in made.merged.values())
+        _agree(options.model, found, PEER, model.published())
 
 
-if __name__ == "__main__":
-    main()
+def _agree(what: str, found: float, whose: str, expected: float) -> None:
+    right = abs(found / expected - 1) <= TOLERANCE
+    _demand(what, right, f"{whose}' interference, {expected}", found)
+
+
+def _demand(what: str, right: bool, expected: str, got: object = "another") -> None:
+    if not right:
+        raise NotVerified(what, expected=expected, got=got, fix="No speed is reported.")
+
+
+class Model:
+    """A task model, its base and a vector with and without factors, in the scratch folder."""
+
+    def __init__(self, options: Options) -> None:
+        folder = options.scratch
+        paths = options.task_model, options.base_model, options.safety_vector
+        if None in paths:
+            made = folder / "random"
+            if not made.exists():
+                random_model(made, options.layers, options.hidden)
+            paths = made / "task", made / "base", made / "vector"
+        task, base, vector = (Path(str(path)) for path in paths)
+        self._ends = local(task), local(base)
+        self._jobs = options.jobs
+        self._vectors = {name: _copied(vector, folder / name) for name in ("cold", "cached")}
+        add_factors(self._vectors["cached"], jobs=options.jobs, max_shard_bytes=10**10)
+        self._vectors["cached"] = SafetyVector.open(folder / "cached")
+        self._n = self.plan("cold").norm_scale
+
+    def plan(self, which: str) -> MergePlan:
+        """Ours: files read, digests and outcome included."""
+        options = PlanOptions(jobs=self._jobs, allow_other_base=True)
+        return compute_plan(*self._ends, self._vectors[which], options)
+
+    def published(self) -> float:
+        """The peer's: the sum of all interferences."""
+        task, base = (Checkpoint(end.path) for end in self._ends)
+        return published_plan(task, base, self._vectors["cold"], self._n)
+
+
+def _copied(vector: Path, target: Path) -> SafetyVector:
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(vector, target, ignore=shutil.ignore_patterns("*factors*"))
+    return SafetyVector.open(target)
+
+
+def measure(options: Options) -> Iterator[Row]:
+    """Seconds for a pair of each shape, for a whole model, and modelled ones for larger models."""
+    found: list[Row] = []
+    with workers(options.jobs) as pool:
+        torch.set_num_threads(options.threads)
+        for shape, spectrum in options.pairs():
+            pair = Pair(shape, spectrum, pool)
+            seconds = interleaved(
+                {
+                    PEER: pair.published,
+                    "cold": _several(pool, pair.cold, options.jobs),
+                    "cached": _several(pool, pair.cached, options.jobs),
+                },
+                options.rounds,
+            )
+            for name, values in seconds.items():
+                share = 1 if name == PEER else options.jobs
+                each = [value / share for value in values]
+                found.append(row("plan", name, f"{_name(shape)} {spectrum}", "fp32", each))
+    yield from found
+    if options.model is not None:
+        model = Model(options)
+        ways: dict[str, Callable[[], object]] = {
+            PEER: model.published,
+            "cold": lambda: model.plan("cold"),
+            "cached": lambda: model.plan("cached"),
+        }
+        for name, values in interleaved(ways, options.rounds, warm_up=False).items():
+            yield row("plan", name, options.model, "fp32", values)
+    yield from growth(found)
+
+
+def _several(
+    pool: ThreadPoolExecutor, way: Callable[[int], object], jobs: int
+) -> Callable[[], object]:
+    """As many pairs at once as there are jobs."""
+    return lambda: list(pool.map(way, range(jobs)))
+
+
+def _name(shape: Shape) -> str:
+    return f"{shape[0]}x{shape[1]}"

@@ -29,7 +29,17 @@ MENU = {
         "doctor",
         "troubleshooting",
     ],
-    "Reference": ["method", "formats", "configuration", "cli", "http-api", "metrics", "versions"],
+    "Reference": [
+        "method",
+        "formats",
+        "configuration",
+        "cli",
+        "http-api",
+        "metrics",
+        "versions",
+        "benchmarks",
+        "scale",
+    ],
 }
 
 extensions = ["myst_parser"]

@@ -4,12 +4,12 @@ import json
 
 import pytest
 import yaml
-from safety_transfer import findings, material
-from safety_transfer.measuring import SPLIT, chosen
-from safety_transfer.recipes import ABLATIONS, MAIN
-from safety_transfer.steps import Steps
-from safety_transfer.training import _unattenuated
 
+from benchmarks.safety_transfer import findings, material
+from benchmarks.safety_transfer.measuring import SPLIT, chosen
+from benchmarks.safety_transfer.recipes import ABLATIONS, MAIN
+from benchmarks.safety_transfer.steps import Steps
+from benchmarks.safety_transfer.training import _unattenuated
 from enchtable_vllm.checkpoint import locate
 from enchtable_vllm.demo import data, everyday
 from enchtable_vllm.evaluate.prompts import read_prompts

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 
-from _harness import write
-
+from benchmarks.harness import provenance
+from benchmarks.harness.rows import RESULTS, append_records
 from enchtable_vllm.demo.fetch import small_model
 from enchtable_vllm.envs import cache_folder
 from enchtable_vllm.evaluate.report import read_report
@@ -120,8 +118,15 @@ def _report(work: Path, seeds: range, steps: Steps) -> None:
         task, merged = (read_report(folder / name) for name in ("task", "merged"))
         print(f"seed {seed}: {findings.verdict(task, merged)}")
     print("\n".join(findings.costs(steps.seconds)))
-    device = f"{platform.machine()} CPU, {os.cpu_count()} cores"
-    print(f"rows appended to {write('safety_transfer', rows, device, findings.FIELDS)}")
+    made = {
+        "device": provenance.machine("cpu"),
+        "versions": provenance.versions(),
+        "git_sha": provenance.git_sha(),
+        "utc": provenance.now(),
+    }
+    path = RESULTS / "safety_transfer.csv"
+    append_records([{**row, **made} for row in rows], (*findings.FIELDS, *made), path)
+    print(f"rows appended to {path}")
 
 
 if __name__ == "__main__":

@@ -66,8 +66,10 @@ def train_models(
     answers = folder / "anchors.json"
     steps.do(answers, lambda: own_answers(shipped, taught.everyday, answers))
     anchors = own_answers(shipped, taught.everyday, answers)
-    cast = Cast(*(folder / name for name in ("aligned", "base", "task", "expert", "vectors")),
-                anchors)  # fmt: skip
+    cast = Cast(
+        folder / "aligned", folder / "base", folder / "task", folder / "expert",
+        folder / "vectors", anchors,
+    )  # fmt: skip
     refusals = data.pair_with(taught.refused, data.REFUSALS)
     steps.do(
         cast.aligned,
@@ -144,5 +146,5 @@ def _make_adapter(task: Path, target: Path, pairs: Sequence[Pair], recipe: Recip
     )
     fit(adapted, tokenizer, pairs, recipe, partial)
     shutil.rmtree(partial, ignore_errors=True)
-    adapted.save_pretrained(partial)
+    adapted.save_pretrained(str(partial))
     partial.rename(target)

@@ -1,0 +1,88 @@
+"""What pages show of the fused addition on a GPU."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from benchmarks.harness.interval import Ratio, ratio
+from benchmarks.harness.plot import Curve, Plot
+from benchmarks.harness.results import NotMeasured, Results
+from benchmarks.harness.rows import Row
+from benchmarks.harness.tables import Table
+
+_COPY, _OURS, _USUAL = "copy", "fused_add", "bf16 + bf16"
+_TORCH = ("torch eager", "torch.compile")
+_SHOWN = (1, 16, 256, 2048)
+_Places = dict[tuple[str, int, str], Row]
+
+
+def _placed(rows: Sequence[Row]) -> _Places:
+    """By variant, size and provider."""
+    found = {}
+    for row in rows:
+        match = re.fullmatch(r"(\d+) MiB, (.*)", row.shape)
+        if match and row.metric == "time":
+            found[match[2], int(match[1]), row.provider] = row
+    return found
+
+
+def _share(places: _Places, variant: str, size: int, who: str) -> Ratio | None:
+    """The copy's time by theirs: 1 is as fast as a copy."""
+    one, copy = places.get((variant, size, who)), places.get((variant, size, _COPY))
+    return ratio(copy, one) if one and copy else None
+
+
+def _sizes(results: Results) -> Table:
+    rows = [row for row in results.published("kernels-cuda") if row.metric == "time"]
+    places = _placed(rows)
+    lines = []
+    for variant in dict.fromkeys(variant for variant, _, _ in places):
+        line = [variant]
+        for size in _SHOWN:
+            share = _share(places, variant, size, _OURS)
+            line.append(f"{share.value:.0%}" if share else "")
+        for who in _TORCH:
+            theirs, mine = (places.get((variant, _SHOWN[-2], w)) for w in (who, _OURS))
+            line.append(str(ratio(theirs, mine)) if theirs and mine else "")
+        lines.append(line)
+    head = ["weights + delta", *(f"{size} MiB" for size in _SHOWN)]
+    head += [f"faster than {who}, {_SHOWN[-2]} MiB" for who in _TORCH]
+    return Table(head, lines, rows, "Shares of the speed of a measured copy of as many bytes.")
+
+
+def _registers(results: Results) -> Table:
+    rows: list[Row] = []
+    for name in ("kernels", "kernels-cuda"):
+        try:
+            rows += [row for row in results.published(name) if row.op == "compiled"]
+        except NotMeasured:
+            continue
+    if not rows:
+        command = "python -m benchmarks run kernels"
+        raise NotMeasured("registers", expected=f"rows of '{command}'", got="none", fix="Run it.")
+    targets = list(dict.fromkeys(row.provider for row in rows))
+    found = {(row.shape, row.provider, row.metric): f"{row.p50:.0f}" for row in rows}
+    lines = []
+    for shape in dict.fromkeys(row.shape for row in rows):
+        cells = [[found.get((shape, t, m), "") for m in ("registers", "spills")] for t in targets]
+        lines.append([shape, *map(", ".join, cells)])
+    return Table(["weights + delta", *targets], lines, rows, "Registers a thread, bytes spilled.")
+
+
+def _plot(results: Results) -> Plot:
+    rows = [r for r in results.published("kernels-cuda") if r.shape.endswith(f"MiB, {_USUAL}")]
+    places = _placed(rows)
+    curves = []
+    for who in dict.fromkeys(who for _, _, who in places if who != _COPY):
+        points = [
+            (float(size), share.value)
+            for variant, size, provider in sorted(places)
+            if provider == who and (share := _share(places, variant, size, who))
+        ]
+        curves.append(Curve(who, points))
+    return Plot(f"{_USUAL}, share of a copy's speed", "MiB of weights", "share", curves, rows)
+
+
+TABLES = {"kernels-cuda": _sizes, "kernels-registers": _registers}
+PLOTS = {"kernels-cuda": _plot}

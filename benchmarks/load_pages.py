@@ -1,0 +1,43 @@
+"""What pages show of loading."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from benchmarks.harness.interval import ratio
+from benchmarks.harness.results import Results
+from benchmarks.harness.rows import Row
+from benchmarks.harness.tables import Table
+from benchmarks.harness.units import shown
+from benchmarks.load_worker import AUTO
+
+
+def _table(rows: Sequence[Row], what: str) -> Table:
+    """Times beside peaks, and the times' ratio to plain vLLM's."""
+    plain = {row.what: row for row in rows if row.provider == AUTO}
+    peaks = {(row.provider, row.shape): row for row in rows if row.metric != "time"}
+    timed = [row for row in rows if row.metric == "time"]
+    lines = [
+        [
+            row.shape,
+            row.provider,
+            shown(row.p50, "s"),
+            str(ratio(row, plain[row.what])),
+            shown(peaks[row.provider, row.shape].p50, "B"),
+        ]
+        for row in timed
+    ]
+    return Table(["model", "by", what, "÷ auto", "peak"], lines, rows)
+
+
+def _weights(results: Results) -> Table:
+    rows = [row for row in results.published("load") if row.op == "load_weights"]
+    return _table(rows, "weights loaded in")
+
+
+def _ready(results: Results) -> Table:
+    rows = [row for row in results.published("load") if row.op == "api_ready"]
+    return _table(rows, "API ready after")
+
+
+TABLES = {"load": _weights, "load-ready": _ready}

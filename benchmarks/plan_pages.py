@@ -1,0 +1,62 @@
+"""What pages show of planning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from benchmarks.architectures import GROWING
+from benchmarks.harness.interval import ratio
+from benchmarks.harness.plot import Curve, Plot
+from benchmarks.harness.results import Results
+from benchmarks.harness.rows import Row
+from benchmarks.harness.tables import Table
+from benchmarks.harness.units import shown
+
+_WAYS = ("authors' algorithm", "cold", "cached")
+
+
+def _lines(rows: Sequence[Row]) -> Iterator[list[str]]:
+    found: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        found.setdefault(row.shape, {})[row.provider] = row
+    for shape, ways in found.items():
+        peer = ways[_WAYS[0]]
+        line = [shape, shown(peer.p50, "s")]
+        for name in _WAYS[1:]:
+            line += [shown(ways[name].p50, "s"), str(ratio(peer, ways[name]))]
+        yield line
+
+
+def _measured(results: Results) -> Table:
+    rows = [row for row in results.published("plan") if row.op == "plan"]
+    head = ["a pair of matrices, or a model", *_WAYS[:2], "faster by", _WAYS[2], "faster by"]
+    return Table(head, _lines(rows), rows)
+
+
+def _growth(results: Results) -> Table:
+    rows = [row for row in results.published("plan") if row.op == "plan_model"]
+    head = ["model, scope", *_WAYS[:2], "faster by", _WAYS[2], "faster by"]
+    return Table(head, _lines(rows), rows, "Modelled from the measured times of single shapes.")
+
+
+def _plot(results: Results) -> Plot:
+    rows = [row for row in results.published("plan") if row.op == "plan_model"]
+    seconds = {(row.provider, row.shape): row.p50 for row in rows}
+    sizes = {model.parameters / 1e9: model.name for model in GROWING}
+    curves = [
+        Curve(
+            f"{way}, {scope}",
+            [(size, seconds[way, f"{name}, {scope}"]) for size, name in sizes.items()],
+            modelled=True,
+        )
+        for scope in ("attention", "attention+ffn")
+        for way in _WAYS
+    ]
+    ticks = {size: f"{size:.2g}B" for size in sizes}
+    return Plot(
+        "Planning, modelled from measured shapes", "parameters", "seconds", curves, rows, ticks
+    )
+
+
+TABLES = {"plan": _measured, "plan-growth": _growth}
+PLOTS = {"plan-growth": _plot}

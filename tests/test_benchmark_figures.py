@@ -1,0 +1,202 @@
+"""Rows, intervals, comparisons, and what is modelled from them."""
+
+import dataclasses
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from benchmarks.architectures import EXPERTS_1T, GROWING, LLAMA_8B, LLAMA_70B, LLAMA_405B
+from benchmarks.harness.compare import against, between
+from benchmarks.harness.interval import Ratio, ratio, ratio_of_medians
+from benchmarks.harness.options import Options, parse
+from benchmarks.harness.provenance import command, git_sha, stamped
+from benchmarks.harness.results import NotMeasured, Results, chosen
+from benchmarks.harness.rows import FIELDS, MOST_SAMPLES, append, read, row
+from benchmarks.harness.timing import interleaved
+from benchmarks.harness.units import shown
+from benchmarks.page_cache import evict, resident_bytes
+from benchmarks.plan_growth import growth, operations, pair_seconds
+from enchtable_vllm.errors import ConfigError
+
+
+def make(provider="ours", values=(1.0, 2.0, 3.0), *, run="run x", sha="abc", utc="2026", **more):
+    made = row("op", provider, more.pop("shape", "s"), "bf16", values, **more)
+    typed = f"python -m benchmarks {run}"
+    return dataclasses.replace(made, device="a machine", git_sha=sha, utc=utc, command=typed)
+
+
+def test_rows_come_back_as_they_were(tmp_path):
+    rows = [make(), make("the 'peer', quoted", [0.1234567, 5e-9], metric="memory", unit="B")]
+    append(rows[:1], tmp_path / "x.csv")
+    append(rows[1:], tmp_path / "x.csv")
+    first, second = read(tmp_path / "x.csv")
+    assert first == rows[0]
+    assert second.samples == pytest.approx(rows[1].samples, rel=1e-5)
+    assert second.provider == rows[1].provider
+    assert (tmp_path / "x.csv").read_text().splitlines()[0] == ",".join(FIELDS)
+
+
+def test_quantiles_are_of_all_values_and_not_too_many_are_kept():
+    values = [float(n) for n in range(1001)]
+    made = row("op", "p", "s", "", values)
+    assert (made.p20, made.p50, made.p80, made.n) == (200.0, 500.0, 800.0, 1001)
+    assert len(made.samples) == MOST_SAMPLES
+    assert (min(made.samples), max(made.samples)) == (0.0, 1000.0)
+    one = row("op", "p", "s", "", [7.0])
+    assert (one.p20, one.p50, one.p80, one.n) == (7.0, 7.0, 7.0, 1)
+
+
+def test_the_results_that_are_there_can_be_read():
+    for path in Results().folder.glob("*.csv"):
+        if path.name != "safety_transfer.csv":
+            assert all(one.basis in ("measured", "modelled") for one in read(path)), path
+
+
+def test_every_provider_is_timed_in_turns():
+    calls = []
+    seconds = interleaved({name: lambda name=name: calls.append(name) for name in "ab"}, 2)
+    assert "".join(calls) == "ababab"
+    assert all(len(values) == 2 for values in seconds.values())
+
+
+def test_an_interval_covers_the_truth_as_often_as_it_says():
+    """Ratio of medians of exponentials, whose truth is 2: 95% within what chance allows."""
+    generator = np.random.default_rng(1)
+    covered = 0
+    for _ in range(200):
+        found = ratio_of_medians(generator.exponential(2.0, 25), generator.exponential(1.0, 25))
+        covered += found.low <= 2.0 <= found.high
+    assert 0.88 <= covered / 200 <= 0.99
+
+
+def test_an_interval_is_the_same_each_time_and_turns_round():
+    found = ratio_of_medians([1.0, 2.0, 3.0], [2.0, 4.0, 6.0])
+    assert found == ratio_of_medians([1.0, 2.0, 3.0], [2.0, 4.0, 6.0])
+    assert (found.value, found.low, found.high) == (0.5, pytest.approx(1 / 6), pytest.approx(1.5))
+    assert found.inverse() == Ratio(2.0, pytest.approx(1 / 1.5), pytest.approx(6.0))
+    assert str(found) == "0.5× (0.167–1.5)"
+
+
+def test_too_few_values_or_modelled_ones_have_no_interval():
+    assert str(ratio_of_medians([1.0, 2.0], [3.0])) == "0.5×"
+    modelled = make(basis="modelled")
+    assert ratio(modelled, make("peer")).low is None
+    assert ratio(make(), make("peer")).low is not None
+    assert ratio(make(), dataclasses.replace(make("peer"), samples=())).low is None
+
+
+def test_ours_is_held_against_the_peer_of_the_same_run():
+    rows = [
+        make("peer", [4.0] * 3, utc="1"),
+        make("ours", [1.0] * 3, utc="2"),
+        make("peer", [2.0] * 3, utc="2"),
+        make("ours", [1.0] * 3, utc="2", shape="that the peer did not do"),
+    ]
+    (found,) = against(rows, "peer")
+    assert (found.row.provider, found.ratio.value) == ("ours", 0.5)
+    assert json.loads(json.dumps(found.record()))["against"]["provider"] == "peer"
+
+
+def test_two_results_are_held_against_each_other(tmp_path):
+    old = [
+        make("ours", [2.0] * 3, sha="old1", utc="1"),
+        make("peer", [9.0] * 3, sha="old1", utc="1"),
+    ]
+    new = [make("ours", [1.0] * 3, sha="new1", utc="2")]
+    append(old, tmp_path / "other.csv")
+    rows = [*old, *new]
+    assert chosen(rows, None) == new
+    assert chosen(rows, "old") == chosen(rows, "1") == old
+    assert [one.p50 for one in chosen([], str(tmp_path / "other.csv"))] == [2.0, 9.0]
+    (found,) = between(new, chosen(rows, "old1"))
+    assert found.ratio.value == 0.5
+    with pytest.raises(ConfigError, match="new1, old1"):
+        chosen(rows, "none")
+
+
+def test_published_is_the_newest_run_of_a_command_that_pages_name(tmp_path):
+    rows = [
+        make(values=[1.0], utc="1", shape="a"),
+        make(values=[2.0], utc="2", shape="a"),
+        make(values=[3.0], utc="3", shape="a", run="run x -o shapes=a"),
+        make(values=[4.0], utc="1", shape="b", run="run x --full"),
+        make(values=[5.0], utc="1", shape="a", run="run x --full"),
+    ]
+    append(rows, tmp_path / "x.csv")
+    found = {one.shape: one.p50 for one in Results(tmp_path).published("x")}
+    assert found == {"a": 2.0, "b": 4.0}
+    with pytest.raises(NotMeasured, match="python -m benchmarks run y"):
+        Results(tmp_path).published("y")
+
+
+def test_a_row_says_what_to_type_and_which_commit_it_was():
+    assert command("load", "full", ["a=1", "b=x y"]) == (
+        "python -m benchmarks run load --full -o a=1 -o 'b=x y'"
+    )
+    (made,) = stamped([row("op", "p", "s", "", [1.0])], "cpu", "typed")
+    assert made.command == "typed"
+    assert made.git_sha == git_sha()
+    assert made.device.endswith(("core", "cores"))
+
+
+def test_options_are_those_of_the_size_and_then_of_the_user(tmp_path):
+    class Chosen(Options):
+        a: int = 1
+        b: tuple[str, ...] = ("x",)
+
+    found = parse(Chosen, {"a": 2}, ["b=y,z"], tmp_path)
+    assert (found.a, found.b, found.scratch) == (2, ("y", "z"), tmp_path)
+    assert parse(Chosen, {"a": 2}, ["a=3", "b="], tmp_path).b == ()
+    with pytest.raises(ConfigError, match="option 'c'"):
+        parse(Chosen, {}, ["c=1"], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [
+        (0.0123, "s", "12.3 ms"), (90.0, "s", "90 s"), (7200.0, "s", "2 h"), (0.0, "s", "0 s"),
+        (3 * 2**30, "B", "3 GiB"), (2.5e9, "B/s", "2.5 GB/s"), (40.0, "a thread", "40 a thread"),
+    ],
+)  # fmt: skip
+def test_figures_are_short(value, unit, text):
+    assert shown(value, unit) == text
+
+
+def test_models_have_the_sizes_that_they_are_called_by():
+    for model, billions in ((LLAMA_8B, 8.03), (LLAMA_70B, 70.6), (LLAMA_405B, 405.9)):
+        assert model.parameters / 1e9 == pytest.approx(billions, rel=2e-3)
+    assert EXPERTS_1T.parameters / 1e12 == pytest.approx(1.0, rel=0.05)
+    assert GROWING[0].attention() == Counter({(576, 576): 60, (192, 576): 60})
+
+
+def test_a_shape_that_was_measured_is_not_modelled():
+    measured = {(100, 200): 1.0, (1000, 1000): 50.0}
+    assert pair_seconds((200, 100), "cold", measured) == 1.0
+    found = pair_seconds((2000, 2000), "cold", measured)
+    assert found == pytest.approx(
+        50 * operations((2000, 2000), "cold") / operations((1000, 1000), "cold")
+    )
+    assert found == pytest.approx(400)  # all terms are cubic in a square's side
+
+
+def test_what_is_modelled_says_so():
+    rows = [row("plan", p, "192x576 decaying", "fp32", [0.5]) for p in ("peer", "cold", "cached")]
+    found = list(growth(rows))
+    assert len(found) == 3 * 2 * len(GROWING)
+    assert {one.basis for one in found} == {"modelled"}
+    seconds = {(one.provider, one.shape): one.p50 for one in found}
+    small, large = (f"{model.name}, attention" for model in (GROWING[0], GROWING[-1]))
+    assert seconds["cached", small] < seconds["cold", small]
+    assert seconds["cold", large] > 1000 * seconds["cold", small]
+
+
+def test_files_leave_the_page_cache(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"x" * 2**22)
+    assert resident_bytes(path) == 2**22
+    evict([tmp_path])
+    assert resident_bytes(path) <= 0.02 * 2**22
+    path.read_bytes()
+    assert resident_bytes(path) == 2**22

@@ -1,0 +1,187 @@
+"""Tables and plots are what the newest rows say, and nobody types them."""
+
+import dataclasses
+import re
+
+import pytest
+from docs_text import PAGES, ROOT, blocks
+from typer.main import get_command
+
+from benchmarks import commands
+from benchmarks.architectures import LLAMA_1B
+from benchmarks.harness import plot, row, tables
+from benchmarks.harness.results import Results
+from benchmarks.harness.rows import append
+from benchmarks.kernels_cases import variants
+from benchmarks.plan_growth import growth
+from benchmarks.scale_model import RANKS, Constants, Costs
+from enchtable_vllm.errors import ConfigError
+
+MARK = re.compile(r"^<!-- bench:([\w-]+) -->$", re.MULTILINE)
+
+
+def write(folder, name, rows):
+    made = {"device": "a machine, 2 cores", "git_sha": "abc1234", "utc": "2026-01-02T03:04:05"}
+    typed = f"python -m benchmarks run {name}"
+    append(
+        [dataclasses.replace(one, command=typed, **made) for one in rows], folder / f"{name}.csv"
+    )
+
+
+@pytest.fixture
+def results(tmp_path):
+    """Rows of the forms that the benchmarks give, with figures that nobody measured."""
+    plans = [
+        row("plan", provider, f"{shape} decaying", "fp32", [seconds] * 3)
+        for shape, factor in (("576x576", 1), ("2048x2048", 40))
+        for provider, seconds in (
+            ("authors' algorithm", factor * 1.0), ("cold", factor * 0.5), ("cached", factor * 0.25),
+        )
+    ]  # fmt: skip
+    models = [dataclasses.replace(one, shape="model of 30 layers, 576 wide") for one in plans[:3]]
+    write(tmp_path, "plan", [*plans, *models, *growth(plans)])
+    loads = []
+    for shape in (
+        "SmolLM2-135M-Instruct, cold, 2 threads",
+        "Llama-3.2-1B, random, warm, 2 threads",
+    ):
+        for provider, seconds in (
+            ("auto", 1.0),
+            ("enchtable bf16", 1.5),
+            ("merge to disk, then auto", 4.0),
+        ):
+            loads.append(row("load_weights", provider, shape, "bf16", [seconds] * 3))
+            loads.append(
+                row("load_weights", provider, shape, "bf16", [2**30] * 3, metric="peak", unit="B")
+            )
+    for provider in ("auto", "enchtable bf16"):
+        of = ("api_ready", provider, "SmolLM2-135M-Instruct, 1 rank", "bf16")
+        loads += [row(*of, [20.0] * 3), row(*of, [2**30], metric="peak of a rank", unit="B")]
+    write(tmp_path, "load", loads)
+    swaps = [
+        row("swap", provider, "SmolLM2-135M-Instruct, attention", "bf16", [seconds], metric=metric)
+        for provider, metric, seconds in (
+            ("enchtable", "without an answer", 0.1), ("enchtable", "staging", 0.5),
+            ("restart", "without an answer", 25.0),
+        )
+    ]  # fmt: skip
+    write(tmp_path, "swap", swaps)
+    for name, peer in (("kernels", "memcpy"), ("kernels-cuda", "copy")):
+        adds = [
+            row("fused_add", provider, f"{size} MiB, {variant}", variant.dtype, [seconds] * 3)
+            for size in (1, 64, 256)
+            for variant in variants()
+            for provider, seconds in (
+                (peer, 1.0),
+                ("fused_add", 1.25),
+                ("torch reference", 9.0),
+                ("torch eager", 5.0),
+            )
+        ]
+        compiled = [
+            row("compiled", "sm_90", variant, variant.dtype, [40], metric=metric, unit=unit)
+            for variant in variants()
+            for metric, unit in (("registers", "a thread"), ("spills", "B"))
+        ]
+        write(tmp_path, name, [*adds, *compiled])
+    return Results(tmp_path)
+
+
+def test_the_pages_are_what_the_newest_rows_say():
+    """Whoever edits a generated table fails here; so does who forgets 'make tables'."""
+    assert [path for path, _ in tables.stale()] == []
+    assert [path for path, _ in plot.stale()] == []
+
+
+def test_every_block_has_a_page_and_every_mark_a_block():
+    marks = [name for page in PAGES for name in MARK.findall(page.read_text())]
+    assert set(marks) == set(tables.blocks())
+    assert len(set(marks)) == len(marks)
+
+
+@pytest.mark.parametrize("name", sorted(tables.blocks()))
+def test_every_table_names_what_made_it(results, name):
+    made = str(tables.blocks()[name](results))
+    assert made.endswith("\n")
+    assert "Not measured" not in made
+    if not name.endswith("-plot") and name not in ("scale-assumptions", "scale-storage"):
+        typed = r"\((`python -m benchmarks run [\w-]+`(, )?)+"
+        assert re.search(typed + r" on a machine, 2 cores, 2026-01-02, at abc1234\)", made)
+    if name in ("plan-growth", "scale-machine", "scale-fleet", "scale-breaks"):
+        assert "odelled" in made
+    lines = [line.count("|") for line in made.splitlines() if line.startswith("|")]
+    assert len(set(lines)) <= 1, made
+
+
+@pytest.mark.parametrize("name", sorted(tables.blocks()))
+def test_what_nobody_measured_has_no_figures(tmp_path, name):
+    page = tmp_path / "page.md"
+    page.write_text(f"<!-- bench:{name} -->\n<!-- /bench:{name} -->\n")
+    found = dict(tables.stale(Results(tmp_path), among=[page]))
+    if name != "scale-assumptions":
+        assert "*Not measured yet: no rows of" in found[page]
+
+
+def test_writing_twice_changes_nothing_and_an_edit_is_seen(results, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("Before.\n\n<!-- bench:plan -->\nold\n<!-- /bench:plan -->\n\nAfter.\n")
+    ((path, text),) = tables.stale(results, among=[page])
+    path.write_text(text)
+    assert text.startswith("Before.\n")
+    assert text.endswith("\nAfter.\n")
+    assert "| 576x576 decaying | 1 s | 500 ms | 2× (2–2) | 250 ms | 4× (4–4) |" in text
+    assert list(tables.stale(results, among=[page])) == []
+    page.write_text(text.replace("500 ms", "50 ms"))
+    assert list(tables.stale(results, among=[page])) == [(page, text)]
+
+
+def test_a_block_that_nothing_makes_is_refused(results, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("<!-- bench:nothing -->\n<!-- /bench:nothing -->\n")
+    with pytest.raises(ConfigError, match="bench:nothing"):
+        list(tables.stale(results, among=[page]))
+
+
+def test_plots_are_drawn_once_and_drawn_anew_when_a_figure_changes(results, tmp_path):
+    drawn = dict(plot.stale(results, folder=tmp_path))
+    assert len(drawn) == len(plot.plots())
+    for path, text in drawn.items():
+        assert "<svg" in text
+        assert "python -m benchmarks run" in text
+        path.write_text(text)
+    assert list(plot.stale(results, folder=tmp_path)) == []
+    changed = Results(results.folder).published("plan")
+    write(results.folder, "plan", [dataclasses.replace(one, p50=2 * one.p50) for one in changed])
+    assert [path.name for path, _ in plot.stale(results, folder=tmp_path)] == [
+        "bench-plan-growth.svg"
+    ]
+
+
+def test_scale_is_derived_from_what_was_measured(results):
+    known = Constants.of(results)
+    assert known.cores == 2
+    costs = Costs(LLAMA_1B, known)
+    assert costs.load_seconds * RANKS == pytest.approx(1.0)  # of the very model that was measured
+    assert costs.added_seconds == pytest.approx(0.5)
+    assert costs.staged_bytes == 2 * RANKS * costs.vector_bytes
+    assert costs.checks(1) == sum(range(1, 1001))
+    assert costs.checks(999) == 1 + 1000
+    assert costs.rollout_seconds(1) > 10 * costs.rollout_seconds(50)
+
+
+def test_what_pages_say_to_type_is_a_command():
+    typed = [line for page in PAGES for line in blocks(page) if line.startswith("python -m bench")]
+    assert len(typed) > 5
+    for line in typed:
+        name, *words = line.split()[3:]
+        command = get_command(commands.app).commands[name]
+        command.make_context(name, words)
+
+
+def test_the_make_targets_run_the_harness():
+    makefile = (ROOT / "Makefile").read_text()
+    lines = re.findall(r"python -m benchmarks (\w+ .*?);?(?: \\)?$", makefile, re.MULTILINE)
+    assert len(lines) > 4
+    for line in lines:
+        name, *words = re.sub(r"\$\(if \$\(\w+\),(.*?)\)(?= |$)", r"\1", line).split()
+        get_command(commands.app).commands[name].make_context(name, words)
