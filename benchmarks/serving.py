@@ -21,6 +21,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field
 
@@ -66,39 +67,38 @@ class Options(BaseOptions):
 def verify(options: Options) -> None:
     """Merged and unmerged differ in the values of the merged weights, and in nothing else."""
     case = served.apart(served.small_case, options.scratch / "small")
-    demand_same_structure(case, options.scratch / "eager", enforce_eager=True)
+    merged = demand_same_structure(case, options.scratch / "eager", enforce_eager=True)
+    offline = structure.structure(
+        options.scratch / "offline", model=str(case.offline), enforce_eager=True
+    )
+    if merged["digests"] != offline["digests"]:
+        raise NotVerified(
+            "merged weights", expected="those of the offline merge", got="others",
+            fix="No figure is reported.",
+        )  # fmt: skip
     if options.graph:
         first = served.apart(served.small_case, options.scratch / "first-layers", _LAYERS)
         demand_same_structure(first, options.scratch / "graph")
 
 
-def demand_same_structure(case: served.Case, folder: Path, **engine: object) -> None:
-    """With and without a merge, vLLM makes the same of a model.
+def demand_same_structure(case: served.Case, folder: Path, **engine: object) -> dict[str, Any]:
+    """With and without a merge, vLLM makes the same of a model; what it makes is returned.
 
     Raises:
-        NotVerified: Something besides the merged values differs, or they are not the merge's.
+        NotVerified: Something besides the values of weights differs, or not even those.
     """
     merging = {"load_format": "enchtable", "model_loader_extra_config": case.keys}
-    found = structure.structures(
-        folder,
-        {
-            _OURS: {"model": str(case.task), **merging, **engine},
-            PEER: {"model": str(case.task), **engine},
-            "offline": {"model": str(case.offline), "enforce_eager": True},
-        },
-    )
+    plain = {"model": str(case.task), **engine}
+    found = structure.structures(folder, {_OURS: {**plain, **merging}, PEER: plain})
     differing = structure.differences(found[_OURS], found[PEER])
     if differing.keys() != {"digests"}:
         raise NotVerified(
-            "the served model, merged and not", expected="the same, weights' values excepted",
+            "the model, merged and not", expected="weights' values that differ, and nothing else",
             got=differing, fix="No figure is reported.",
         )  # fmt: skip
-    if found[_OURS]["digests"] != found["offline"]["digests"]:
-        raise NotVerified(
-            "the merged weights", expected="those of the offline merge", got="others", fix=""
-        )
     if not engine.get("enforce_eager") and not (found[PEER]["keys"] and found[PEER]["code"]):
         raise NotVerified("compiled code", expected="some, to compare", got="none", fix="")
+    return found[_OURS]
 
 
 def measure(options: Options) -> Iterator[Row]:
@@ -198,7 +198,7 @@ def comparisons(rows: Sequence[Row]) -> Iterator[tuple[Row, Row, str, str]]:
             starts = _STARTS.search(ours.shape)
             blocks = int(starts[1]) if starts else 1
             ratio = paired_ratio(ours.samples, theirs.samples, blocks)
-            claimed = ours.op == "serve" and ours.metric in CLAIMED
+            claimed = ours.op == "serve" and ours.metric in CLAIMED and ratio.low is not None
             outcome = verdict(ratio, LEAST, MOST) if claimed else ""
             yield ours, theirs, _shown(ratio), outcome
 
