@@ -3,7 +3,7 @@ VENV ?= .venv
 READY := $(VENV)/.ready
 BIN := $(VENV)/bin
 
-.PHONY: help setup system-deps demo test test-gpu test-slow test-matrix supported reference docs dist lint types format bench bench-gpu bench-plan bench-load bench-swap bench-transfer tables distill-demo fuzz clean screenshots
+.PHONY: help setup system-deps demo test test-gpu test-slow test-matrix supported reference docs dist lint types format bench bench-gpu bench-plan bench-load bench-swap bench-serve bench-alternatives bench-transfer tables distill-demo fuzz clean screenshots
 help: ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /|/' | column -t -s '|'
 
@@ -47,6 +47,12 @@ bench-load: $(READY) ## Measure loading against plain vLLM and against merging t
 
 bench-swap: $(READY) ## Measure swapping under load against a restart. FULL=1, or SOAK=500
 	@$(BIN)/python -m benchmarks run swap $(if $(FULL),--full) $(if $(SOAK),-o soak=$(SOAK))
+
+bench-serve: $(READY) ## Measure serving, merged against unmerged. FULL=1, or PLANT=0.05: a slowdown that it must find
+	@$(BIN)/python -m benchmarks run serving $(if $(FULL),--full) $(if $(PLANT),-o plant=$(PLANT))
+
+bench-alternatives: $(READY) ## Measure what is done instead of a merge: LoRA, Self-Reminder, SafeDecoding. FULL=1
+	@$(BIN)/python -m benchmarks run alternatives $(if $(FULL),--full)
 
 tables: $(READY) ## Write the tables and plots of README.md and docs/ out of the newest results.
 	@$(BIN)/python -m benchmarks tables

@@ -66,6 +66,20 @@ def results(tmp_path):
         )
     ]  # fmt: skip
     write(tmp_path, "swap", swaps)
+    served = [
+        row("serve", provider, "SmolLM2-135M-Instruct, 4 clients, 2 starts", "bf16", [1.0] * 8,
+            metric=metric)
+        for provider in ("unmerged", "merged")
+        for metric in ("TPOT, p50", "TPOT, p99")
+    ]  # fmt: skip
+    write(tmp_path, "serving", served)
+    answers = [
+        row("answer", provider, "SmolLM2-135M-Instruct", "bf16", [seconds] * 8, metric="TPOT")
+        for provider, seconds in (("task model", 1.0), ("merged", 1.0), ("LoRA, rank 16", 1.5))
+    ]
+    held = row("adapter", "LoRA, rank 16", "SmolLM2-135M-Instruct", "bf16", [0.1],
+               metric="captured energy", unit="")  # fmt: skip
+    write(tmp_path, "alternatives", [*answers, held])
     for name, peer in (("kernels", "memcpy"), ("kernels-cuda", "copy")):
         adds = [
             row("fused_add", provider, f"{size} MiB, {variant}", variant.dtype, [seconds] * 3)

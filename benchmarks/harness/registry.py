@@ -88,6 +88,8 @@ REGISTRY = (
     Benchmark("plan", "Planning against the algorithm as published", "cpu", 6),
     Benchmark("load", "Loading against plain vLLM and merging to disk", "cpu", 12),
     Benchmark("swap", "Swapping under load against a restart", "cpu", 3),
+    Benchmark("serving", "A merged model served against the same unmerged", "cpu", 10),
+    Benchmark("alternatives", "A merge against LoRA, Self-Reminder, SafeDecoding", "cpu", 8),
 )
 
 
