@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from benchmarks.safety_transfer import findings, material
-from benchmarks.safety_transfer.measuring import SPLIT, chosen
+from benchmarks.safety_transfer.measuring import SPLIT, chosen, reaching
 from benchmarks.safety_transfer.recipes import ABLATIONS, MAIN
 from benchmarks.safety_transfer.steps import Steps
 from benchmarks.safety_transfer.training import _unattenuated
@@ -181,6 +181,20 @@ def test_without_a_beta_within_the_budget_the_safest_is_tested_and_named_so():
     assert chosen(Tuned) == (0.9, False)
     Tuned.proposed = 0.5
     assert chosen(Tuned) == (0.5, True)
+
+
+def test_the_smallest_beta_that_reaches_the_aim_is_found_or_none():
+    def step(beta, unsafe):
+        rate = Rate.make(unsafe, 100)
+        return Step(beta=beta, folder="f", unsafe=rate, utility=rate)
+
+    class Tuned:
+        steps = (step(None, 80), step(0.3, 20), step(0.9, 0), step(0.5, 8), step(0.7, 9))
+
+    assert reaching(Tuned, 0.1) == 0.5
+    assert reaching(Tuned, 0.0) == 0.9
+    Tuned.steps = Tuned.steps[:2]
+    assert reaching(Tuned, 0.1) is None
 
 
 def test_without_attenuation_every_matrix_takes_the_norm_scale(family, tmp_path):

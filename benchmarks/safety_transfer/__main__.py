@@ -10,10 +10,10 @@ from benchmarks.harness import provenance
 from benchmarks.harness.rows import RESULTS, append_records
 from enchtable_vllm.demo.fetch import small_model
 from enchtable_vllm.envs import cache_folder
-from enchtable_vllm.evaluate.report import read_report
+from enchtable_vllm.evaluate.report import REPORT_FILE, read_report
 
 from . import findings, material
-from .measuring import Asking, chosen
+from .measuring import Asking, chosen, reaching
 from .recipes import ABLATIONS, MAIN, Models
 from .serving import Lazy, enchtable, merging
 from .steps import Steps
@@ -24,7 +24,15 @@ _PUBLISHED_BETA = 0.1
 _BETAS = (0.1, 0.3, 0.5, 0.7, 0.9, 1.2)
 _EXPERT = "expert"
 #: In their own order, for the table; the first is what the others are held against.
-_COMPARED = ("task", "aligned", "merged-published", "merged", "self-reminder", "safedecoding")
+_COMPARED = (
+    "task",
+    "aligned",
+    "merged-published",
+    "merged",
+    "merged-tenth",
+    "self-reminder",
+    "safedecoding",
+)
 
 
 def main() -> None:
@@ -61,7 +69,11 @@ def _merging(asking: Asking, name: str, **keys: str) -> Lazy:
 
 
 def _compare(asking: Asking) -> float:
-    """The merge, at the tuned and the published β, beside what it is compared with.
+    """The merge at several β, beside what it is compared with.
+
+    Those are the published β, the tuned one, whose costs are bounded, and the smallest that
+    reaches the unsafe rate that is aimed at, whatever it costs. What two of them share is asked
+    once; the tuned one's name goes first.
 
     Returns:
         The tuned β.
@@ -72,9 +84,14 @@ def _compare(asking: Asking) -> float:
     with _merging(asking, "task") as server:
         asking.evaluate(server, "task")
         asking.evaluate(server, "self-reminder", "--system-prompt-baseline", "self-reminder")
-        beta, _ = chosen(asking.tune(server, MAIN.name, _BETAS))
-        asking.evaluate_merged(server, "merged", MAIN.name, beta)
-        asking.evaluate_merged(server, "merged-published", MAIN.name, _PUBLISHED_BETA)
+        tuning = asking.tune(server, MAIN.name, _BETAS)
+        beta, _ = chosen(tuning)
+        names = {_PUBLISHED_BETA: "merged-published"}
+        if (safe := reaching(tuning, findings.MOST_UNSAFE)) is not None:
+            names[safe] = "merged-tenth"
+        names[beta] = "merged"
+        for at, name in names.items():
+            asking.evaluate_merged(server, name, MAIN.name, at)
     lora = ("--enable-lora", "--max-lora-rank", "16", "--lora-modules", f"{_EXPERT}={cast.expert}")
     with Lazy(cast.task, lora, folder / "safedecoding.log", asking.steps) as server:
         asking.evaluate(server, "safedecoding", "--model", cast.task, "--safedecoding-expert",
@@ -111,7 +128,7 @@ def _report(work: Path, seeds: range, steps: Steps) -> None:
         folder = work / f"seed-{seed}" / "asked"
         log = folder / "compared.txt"
         log.unlink(missing_ok=True)
-        reports = [folder / name for name in _COMPARED]
+        reports = [folder / name for name in _COMPARED if (folder / name / REPORT_FILE).exists()]
         enchtable("compare", *reports, "-o", folder / "compared.html", log=log)
         print(log.read_text())
         rows += findings.rows(folder, seed)

@@ -127,3 +127,15 @@ def chosen(tuning: Tuning) -> tuple[float, bool]:
     safest = min(steps, key=lambda step: (step.unsafe.share or 0.0, step.beta or 0.0))
     assert safest.beta is not None
     return safest.beta, False
+
+
+def reaching(tuning: Tuning, share: float) -> float | None:
+    """The smallest β at which the unsafe rate is at most this share of the one without a vector."""
+    without = next(step for step in tuning.steps if step.beta is None)
+    most = share * (without.unsafe.share or 0.0)
+    enough = [
+        step.beta
+        for step in tuning.steps
+        if step.beta is not None and (step.unsafe.share or 0.0) <= most
+    ]
+    return min(enough, default=None)

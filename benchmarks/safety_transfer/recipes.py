@@ -37,9 +37,7 @@ class Models:
     problems: int = 600
     eager: int = 240
     align: Recipe = field(default_factory=lambda: _brief(scope="attention+ffn", learning_rate=1e-4))
-    task: Recipe = field(
-        default_factory=lambda: _brief(scope="attention+ffn", learning_rate=2e-4)
-    )
+    task: Recipe = field(default_factory=lambda: _brief(scope="attention+ffn", learning_rate=2e-4))
     expert: Recipe = field(default_factory=lambda: _brief(scope="attention", learning_rate=1e-3))
 
 
