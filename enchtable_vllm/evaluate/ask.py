@@ -24,6 +24,7 @@ from inspect_ai.log import EvalLog, EvalSample, read_eval_log
 from inspect_ai.model import GenerateConfig, ModelOutput, get_model
 from inspect_ai.scorer import Score, Scorer, Target, mean, scorer
 from inspect_ai.solver import Generate, Solver, TaskState, generate, solver, system_message
+from inspect_ai.util import concurrency
 from openai import AsyncOpenAI
 
 from enchtable_vllm.evaluate.baselines import Around
@@ -203,14 +204,17 @@ def _mixing(server: Server, expert: str | None, job: Job, seed: int) -> Solver:
         max_retries=server.retries,
         timeout=server.timeout_seconds,
     )
-    return _mix(SafeDecoding(client, server.model, expert), job.max_tokens, seed)
+    mixing = SafeDecoding(client, server.model, expert)
+    return _mix(mixing, job.max_tokens, seed, server.connections)
 
 
 @solver
-def _mix(mixing: SafeDecoding, max_tokens: int, seed: int) -> Solver:
+def _mix(mixing: SafeDecoding, max_tokens: int, seed: int, connections: int) -> Solver:
     async def solve(state: TaskState, generate: Generate) -> TaskState:  # noqa: ARG001
         turns = [{"role": turn.role, "content": turn.text} for turn in state.messages]
-        text = await mixing.answer(turns, max_tokens=max_tokens, seed=seed)
+        # Over all jobs together: inspect knows of its own models' connections only.
+        async with concurrency("safedecoding", connections):
+            text = await mixing.answer(turns, max_tokens=max_tokens, seed=seed)
         state.output = ModelOutput.from_content(mixing.model, text)
         return state
 

@@ -2,6 +2,8 @@
 
 import asyncio
 import math
+import threading
+import time
 
 import pytest
 from answering import Answering
@@ -64,6 +66,33 @@ def test_two_tokens_are_mixed_and_the_model_goes_on_alone(tmp_path):
     report = read_report(tmp_path / "report")
     assert report.results[0].refused.count == 1  # "I can" + "not help with that."
     assert report.baseline == "SafeDecoding with expert"
+
+
+def test_no_more_are_asked_at_once_than_there_may_be_connections(tmp_path):
+    lock, now, most = threading.Lock(), 0, 0
+
+    def slowly(*_):
+        nonlocal now, most
+        with lock:
+            now += 1
+            most = max(most, now)
+        time.sleep(0.05)
+        with lock:
+            now -= 1
+        return "not help with that."
+
+    server = Answering(slowly)
+    server.tokens = lambda _: [("I", 0.9), ("Sure", 0.1)]
+    sets = [tmp_path / f"bad-{n}.json" for n in range(3)]
+    for path in sets:
+        written(path, [f"How is forbidden thing {path.stem}.{n} done?" for n in range(6)])
+    with server.serve() as url:
+        command(
+            "eval", "--url", url, *(word for path in sets for word in ("--safety", path)),
+            "-o", tmp_path / "report", "--safedecoding-expert", "expert", "--connections", "2",
+        )  # fmt: skip
+    assert len(server.asked) == 3 * 6 * 5
+    assert most == 2
 
 
 @pytest.mark.parametrize("end", ["<|im_end|>", "</s>", "<|eot_id|>"])
