@@ -32,12 +32,12 @@ test-slow: $(READY) ## Run the tests that take minutes.
 	@$(BIN)/python -m pytest -m slow
 
 bench: $(READY) ## Measure all that needs no GPU, an hour; write the tables and plots of the pages. FULL=1
-	@$(BIN)/python -m benchmarks run --device cpu $(if $(FULL),--full)
-	@$(MAKE) --no-print-directory tables
+	@$(BIN)/python -m benchmarks run --device cpu $(if $(FULL),--full); \
+	    code=$$?; $(MAKE) --no-print-directory tables && exit $$code
 
 bench-gpu: $(READY) ## Measure all that needs a CUDA device; without one it says so.
-	@$(BIN)/python -m benchmarks run --device cuda $(if $(FULL),--full)
-	@$(MAKE) --no-print-directory tables
+	@$(BIN)/python -m benchmarks run --device cuda $(if $(FULL),--full); \
+	    code=$$?; $(MAKE) --no-print-directory tables && exit $$code
 
 bench-plan: $(READY) ## Measure planning against the algorithm as published. FULL=1
 	@$(BIN)/python -m benchmarks run plan $(if $(FULL),--full)

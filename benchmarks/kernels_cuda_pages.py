@@ -59,7 +59,7 @@ def _registers(results: Results) -> Table:
         except NotMeasured:
             continue
     if not rows:
-        command = "python -m benchmarks run kernels --full"
+        command = "python -m benchmarks run kernels"
         raise NotMeasured("registers", expected=f"rows of '{command}'", got="none", fix="Run it.")
     targets = list(dict.fromkeys(row.provider for row in rows))
     found = {(row.shape, row.provider, row.metric): f"{row.p50:.0f}" for row in rows}

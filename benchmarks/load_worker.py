@@ -133,7 +133,7 @@ def measure_loads(worker: Any, case: Case, plan: Plan) -> Found:
     for threads in plan.threads:
         torch.set_num_threads(threads)
         for cache, rounds in plan.rounds.items():
-            for round_ in range(rounds + 1):
+            for round_ in range(rounds + 1 if rounds else 0):
                 for provider in case.providers():
                     if cache == "cold":
                         evict([case.task, *(path for path, _ in case.vectors.values())])

@@ -139,7 +139,12 @@ def test_one_wrong_bit_of_the_addition_is_seen(monkeypatch):
         return merged, sums
 
     variants = (kernels_cases.Variant(), kernels_cases.Variant(delta=torch.int8, keep=True))
+    seen = []
+    monkeypatch.setattr(
+        kernels_cases, "fused_add", lambda *a, **k: seen.append(a[0]) or right(*a, **k)
+    )
     kernels_cases.verify_variants(variants, "cpu")
+    assert any(one.shape[-1] % 64 == 0 for one in seen if one.ndim == 2)  # whole blocks of scales
     monkeypatch.setattr(kernels_cases, "fused_add", wrong)
     with pytest.raises(NotVerified, match="1 elements with others"):
         kernels_cases.verify_variants(variants, "cpu")

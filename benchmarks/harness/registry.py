@@ -85,9 +85,9 @@ class Benchmark:
 REGISTRY = (
     Benchmark("kernels", "The fused addition against memcpy and torch", "cpu", 1),
     Benchmark("kernels-cuda", "The same on a GPU, by size and variant", "cuda", 10),
-    Benchmark("plan", "Planning against the algorithm as published", "cpu", 8),
+    Benchmark("plan", "Planning against the algorithm as published", "cpu", 6),
     Benchmark("load", "Loading against plain vLLM and merging to disk", "cpu", 12),
-    Benchmark("swap", "Swapping under load against a restart", "cpu", 4),
+    Benchmark("swap", "Swapping under load against a restart", "cpu", 3),
     Benchmark("serving", "A merged model served against the same unmerged", "cpu", 10),
     Benchmark("alternatives", "A merge against LoRA, Self-Reminder, SafeDecoding", "cpu", 8),
 )

@@ -54,10 +54,13 @@ Blocks = Mapping[str, Callable[[Results], object]]
 
 def made_by(rows: Sequence[Row]) -> str:
     """Each run that figures come from: command, machine, date, commit."""
-    runs = dict.fromkeys((row.command, row.device, row.utc[:10], row.git_sha) for row in rows)
+    runs: dict[tuple[str, ...], dict[str, None]] = {}
+    for row in rows:
+        where = row.device, row.utc[:10], row.git_sha
+        runs.setdefault(where, {})[f"`{row.command}`"] = None
     return " ".join(
-        f"(`{command}` on {device}, {date}" + (f", at {sha})" if sha else ")")
-        for command, device, date, sha in runs
+        f"({', '.join(commands)} on {device}, {date}" + (f", at {sha})" if sha else ")")
+        for (device, date, sha), commands in runs.items()
     )
 
 
