@@ -99,17 +99,21 @@ class Pair:
 
 
 def verify(options: Options) -> None:
-    """Agrees with the peer and with float64; cached factors change nothing."""
+    """Agrees with float64, or the peer where that takes too long; cached factors change nothing.
+
+    The peer's two fp32 SVDs are themselves 3e-4 off for a decaying 1024x4096, more than we may be.
+    """
     with workers(options.jobs) as pool:
         torch.set_num_threads(options.threads)
         for shape, spectrum in options.pairs():
             what, pair = f"{_name(shape)} {spectrum}", Pair(shape, spectrum, pool)
             a, b = pool.submit(pair.cold).result()
             _demand(what, pool.submit(pair.cached).result() == (a, b), "the same with factors")
-            _agree(what, a * _N + b, PEER, pair.published())
             if min(shape) <= ORACLE_SIDE:
                 exact = published(pair.task.double(), pair.safety.double(), _N, GAMMA)
                 _agree(what, a * _N + b, "float64", exact)
+            else:
+                _agree(what, a * _N + b, PEER, pair.published())
     if options.model is not None:
         model = Model(options)
         made = model.plan("cold")

@@ -1,6 +1,7 @@
 """Fixtures that several test files share."""
 
 import os
+import signal
 import weakref
 from pathlib import Path
 
@@ -12,6 +13,11 @@ if not torch.cuda.is_available():
     # Triton's interpreter runs the kernels. It must be chosen before anything imports triton;
     # child processes of other tests get an environment without it.
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A job in a shell's background ignores interrupts and hands that down; tests send some.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
