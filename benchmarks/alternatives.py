@@ -39,8 +39,6 @@ FULL = {"rounds": 40}
 _MERGED, _MODEL = "merged", "SmolLM2-135M-Instruct"
 _CAPTURED = "captured energy"
 _NEAREST, _EXPERT = "nearest", "expert"
-#: vLLM's processes go on looking for work for a second after their last step.
-_IDLE_SECONDS = 1.2
 
 
 class Options(BaseOptions):
@@ -135,7 +133,7 @@ def _rounds(
     for number in range(-1, rounds):  # the first warms the kernels for these shapes
         first = number % len(names)
         for name in names[first:] + names[:first]:
-            time.sleep(_IDLE_SECONDS)
+            time.sleep(served.IDLE_SECONDS)
             figures = asked[name].round(batch, number + 1)
             if number >= 0:
                 found[name].append(figures)

@@ -3,8 +3,8 @@
 The peer is the method as published: two full fp32 SVDs and the dense formula, one pair of
 matrices after the other, each on all threads. Ours plans as many pairs at once as there are
 cores; a time is that of one pair. *Cold* factors both deltas, *cached* has the vector's factors.
-The interference must agree with the peer's, and for sides up to 1024 with float64, to 2.7e-4 of
-itself, which is 1e-4 of any attenuation.
+The interference must agree with float64, beyond sides of 1024 and for a whole model with the
+peer's, to 2.7e-4 of itself, which is 1e-4 of any attenuation.
 """
 
 from __future__ import annotations

@@ -24,6 +24,9 @@ from enchtable_vllm.plan import read_plan, resolve_plan
 
 T = TypeVar("T")
 
+#: vLLM's processes go on looking for work for a second after their last step.
+IDLE_SECONDS = 1.2
+
 
 @dataclass(frozen=True)
 class Case:

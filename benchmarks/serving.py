@@ -44,8 +44,6 @@ LEAST, MOST = 0.98, 1.02
 CLAIMED = ("TTFT, p50", "TPOT, p50", "end to end, p50", TOKENS)
 _OURS, _MODEL = "merged", "SmolLM2-135M-Instruct"
 _LAYERS = 2
-#: vLLM's processes go on looking for work for a second after their last step.
-_IDLE_SECONDS = 1.2
 _REQUESTS_OF_A_CLIENT = 3
 _STARTS = re.compile(r", (\d+) starts?$")
 
@@ -155,7 +153,7 @@ def _rounds(
 ) -> None:
     for pair in range(-1, options.pairs):  # the first warms the kernels for these shapes
         for name in _turn((PEER, _OURS), pair + start):
-            time.sleep(_IDLE_SECONDS)
+            time.sleep(served.IDLE_SECONDS)
             seed = start * options.pairs + pair + 1
             figures = serve(servers[name].url, servers[name].command[2], ask, seed)
             if pair >= 0:

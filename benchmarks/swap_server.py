@@ -15,11 +15,9 @@ from typing import Any
 import httpx
 import psutil
 
-from benchmarks.models import plan_without_interference, random_vector
+from benchmarks.models import plan_without_interference, random_vector, task_model
 from enchtable_vllm.checkpoint import Checkpoint, sampled_fingerprint
-from enchtable_vllm.demo.fetch import small_model
 from enchtable_vllm.demo.server import Server, free_port
-from enchtable_vllm.envs import cache_folder
 from enchtable_vllm.plan.vector_root import plan_path
 
 NAMES = ("sv-a", "sv-b")
@@ -34,7 +32,7 @@ _MOST_BATCHED_TOKENS = 64
 
 def make_root(folder: Path) -> Path:
     """Two vectors and their plans in ``root``; the task model's folder."""
-    task = small_model(cache_folder() / "demo" / "smollm2-135m-instruct")
+    task = task_model("small", folder)
     fingerprint = sampled_fingerprint(Checkpoint(task))
     (folder / "root").mkdir()
     for seed, name in enumerate(NAMES):
