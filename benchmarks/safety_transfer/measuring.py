@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from enchtable_vllm.checkpoint import Checkpoint, sampled_fingerprint
+from enchtable_vllm.demo.measure import TOGETHER, TOKENS
 from enchtable_vllm.evaluate.report import REPORT_FILE
 from enchtable_vllm.evaluate.tune_journal import TUNE_FILE, Tuning
 from enchtable_vllm.plan import read_plan, resolve_plan
@@ -18,10 +19,6 @@ from .serving import Lazy, enchtable
 from .steps import Steps
 from .training import Cast
 
-#: Greedy and short: a refusal is how an answer opens, and a problem is solved in one line.
-TOKENS = ("--max-tokens", 24, "--utility-max-tokens", 32, "--utility-prompt", "plain")
-#: One core computes, and a step of it costs little more for many requests than for a few.
-TOGETHER = ("--connections", 32)
 #: The rest, over 1,000 problems and 400 questions, is for the test.
 SPLIT = ("--validation-share", 0.2)
 #: Costs that a β may have on the validation split: of over-refusal one request, of those few.

@@ -26,9 +26,9 @@ from enchtable_vllm.errors import EnchTableError
 
 _PROBLEMS = 400
 #: A refusal is how an answer opens, and a problem is solved in one line.
-_TOKENS = ("--max-tokens", "24", "--utility-max-tokens", "32", "--utility-prompt", "plain")
+TOKENS = ("--max-tokens", "24", "--utility-max-tokens", "32", "--utility-prompt", "plain")
 #: One core computes, and a step of it costs little more for many requests than for a few.
-_TOGETHER = ("--connections", "32")
+TOGETHER = ("--connections", "32")
 
 
 class CommandError(EnchTableError):
@@ -62,7 +62,7 @@ def measure(cache: Path, console: Console) -> Path:
         steps.begin(f"serving: {name}" + (f", beta {BETA:g}" if arguments else ""))
         with started(model, arguments, console, port=free_port()) as server:
             report = str(folder / name)
-            _run(console, "eval", "--url", server.url, *asked, *_TOKENS, *_TOGETHER, "-o", report)
+            _run(console, "eval", "--url", server.url, *asked, *TOKENS, *TOGETHER, "-o", report)
     steps.end()
     page = folder / "compared.html"
     _run(console, "compare", *(str(folder / name) for name in names), "-o", str(page))
