@@ -18,12 +18,12 @@ from pydantic import Field
 from benchmarks.harness import NotVerified, Row, row
 from benchmarks.harness import Options as BaseOptions
 from benchmarks.kernels_cases import Variant, ours, variants, verify_variants
-from benchmarks.kernels_cuda_pages import PLOTS, TABLES
+from benchmarks.kernels_cuda_pages import PLOTS, TABLES, bounds
 from benchmarks.kernels_plain import Arguments, plain
 from benchmarks.kernels_registers import registers
 from enchtable_kernels._addition import Addition
 
-__all__ = ["FULL", "PEER", "PLOTS", "QUICK", "TABLES", "Options", "measure", "verify"]
+__all__ = ["FULL", "PEER", "PLOTS", "QUICK", "TABLES", "Options", "bounds", "measure", "verify"]
 
 PEER = "copy"
 QUICK = {"mebibytes": (1, 16), "rounds": 1, "every_variant": False, "compiled": False}

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from benchmarks.harness.interval import Ratio, ratio
 from benchmarks.harness.plot import Curve, Plot
 from benchmarks.harness.results import NotMeasured, Results
 from benchmarks.harness.rows import Row
 from benchmarks.harness.tables import Table
+from benchmarks.harness.target import Target, cell, tally
 
 _COPY, _OURS, _USUAL = "copy", "fused_add", "bf16 + bf16"
 _TORCH = ("torch eager", "torch.compile")
-_SHOWN = (1, 16, 256, 2048)
+_SHOWN, _PEERS_AT = (1, 16, 64, 256, 2048), 256
+#: Of the copy's speed, from so many MiB of weights on: below, launching counts.
+LEAST, LEAST_MEBIBYTES = 0.90, 64
 _Places = dict[tuple[str, int, str], Row]
 
 
@@ -33,9 +36,33 @@ def _share(places: _Places, variant: str, size: int, who: str) -> Ratio | None:
     return ratio(copy, one) if one and copy else None
 
 
+def targets(rows: Sequence[Row]) -> Iterator[tuple[str, Target]]:
+    """Each variant of which something is promised, with that; its slowest size decides."""
+    places = _placed(rows)
+    for variant in dict.fromkeys(variant for variant, _, _ in places):
+        shares = {
+            size: share.value
+            for of, size, who in places
+            if (of, who) == (variant, _OURS)
+            and size >= LEAST_MEBIBYTES
+            and (share := _share(places, variant, size, _OURS))
+        }
+        if shares:
+            size = min(shares, key=lambda size: shares[size])
+            found = f"{shares[size]:.1%} of a copy's speed at {size} MiB"
+            yield variant, Target(f"≥ {LEAST:.0%}", shares[size] >= LEAST, found)
+
+
+def bounds(rows: list[Row]) -> Iterator[str]:
+    """What is promised of the addition on a GPU and was missed."""
+    for variant, target in targets(rows):
+        if not target.kept:
+            yield f"{variant}: {target.missed}"
+
+
 def _sizes(results: Results) -> Table:
     rows = [row for row in results.published("kernels-cuda") if row.metric == "time"]
-    places = _placed(rows)
+    places, promised = _placed(rows), dict(targets(rows))
     lines = []
     for variant in dict.fromkeys(variant for variant, _, _ in places):
         line = [variant]
@@ -43,12 +70,14 @@ def _sizes(results: Results) -> Table:
             share = _share(places, variant, size, _OURS)
             line.append(f"{share.value:.0%}" if share else "")
         for who in _TORCH:
-            theirs, mine = (places.get((variant, _SHOWN[-2], w)) for w in (who, _OURS))
+            theirs, mine = (places.get((variant, _PEERS_AT, w)) for w in (who, _OURS))
             line.append(str(ratio(theirs, mine)) if theirs and mine else "")
-        lines.append(line)
+        lines.append([*line, cell([promised[variant]] if variant in promised else [])])
     head = ["weights + delta", *(f"{size} MiB" for size in _SHOWN)]
-    head += [f"faster than {who}, {_SHOWN[-2]} MiB" for who in _TORCH]
-    return Table(head, lines, rows, "Shares of the speed of a measured copy of as many bytes.")
+    head += [f"faster than {who}, {_PEERS_AT} MiB" for who in _TORCH]
+    head += [f"target, from {LEAST_MEBIBYTES} MiB"]
+    note = "Shares of the speed of a measured copy of as many bytes."
+    return Table(head, lines, rows, f"{note} {tally(list(promised.values()))}".strip())
 
 
 def _registers(results: Results) -> Table:

@@ -27,11 +27,12 @@ from pydantic import Field
 from benchmarks import load_worker, models
 from benchmarks.harness import Options as BaseOptions
 from benchmarks.harness import Row, row
+from benchmarks.load_bounds import bounds
 from benchmarks.load_pages import TABLES
 from benchmarks.load_serving import until_ready
 from benchmarks.load_worker import AUTO, Case, Plan, run_in_vllm
 
-__all__ = ["FULL", "PEER", "QUICK", "TABLES", "Options", "measure", "verify"]
+__all__ = ["FULL", "PEER", "QUICK", "TABLES", "Options", "bounds", "measure", "verify"]
 
 PEER = AUTO
 QUICK = {"models": ("small",), "rounds": 1, "cold_rounds": 1, "starts": 0}

@@ -20,6 +20,7 @@ from pydantic import Field
 
 from benchmarks.harness import NotVerified, Row, interleaved, row
 from benchmarks.harness import Options as BaseOptions
+from benchmarks.plan_bounds import PEER, bounds
 from benchmarks.plan_cases import GAMMA, Shape, delta, published, published_plan, random_model
 from benchmarks.plan_growth import growth
 from benchmarks.plan_pages import PLOTS, TABLES
@@ -30,9 +31,8 @@ from enchtable_vllm.vector import SafetyVector, add_factors
 from enchtable_vllm.vector.factors import factor
 from enchtable_vllm.vector.workers import worker_count, workers
 
-__all__ = ["FULL", "PEER", "PLOTS", "QUICK", "TABLES", "Options", "measure", "verify"]
+__all__ = ["FULL", "PEER", "PLOTS", "QUICK", "TABLES", "Options", "bounds", "measure", "verify"]
 
-PEER = "authors' algorithm"
 QUICK = {"shapes": ("96x96", "80x320"), "rounds": 2, "layers": 1, "hidden": 96}
 FULL = {
     "shapes": ("192x576", "576x576", "576x1536", "512x2048", "2048x2048", "1024x4096", "4096x4096"),

@@ -94,7 +94,7 @@ def _here(benchmark: Benchmark, wish: Wish) -> int:
         append(rows, path)
         _say(f"{len(rows)} rows appended to {path}")
     _say(f"{benchmark.name}: {time.monotonic() - started:.0f} s in all")
-    missed = benchmark.missed(rows)
+    missed = [] if wish.size == "quick" else benchmark.missed(rows)  # one round claims nothing
     for words in missed:
         errors.print(f"[bold red]missed:[/bold red] {words}", highlight=False)
     return int(bool(missed))

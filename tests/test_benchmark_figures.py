@@ -7,6 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from benchmarks import kernels_cuda, load, plan
 from benchmarks.architectures import EXPERTS_1T, GROWING, LLAMA_8B, LLAMA_70B, LLAMA_405B
 from benchmarks.harness.compare import against, between
 from benchmarks.harness.interval import Ratio, ratio, ratio_of_medians
@@ -16,6 +17,7 @@ from benchmarks.harness.results import NotMeasured, Results, chosen
 from benchmarks.harness.rows import FIELDS, MOST_SAMPLES, append, read, row
 from benchmarks.harness.timing import interleaved
 from benchmarks.harness.units import shown
+from benchmarks.load_bounds import targets
 from benchmarks.page_cache import evict, resident_bytes
 from benchmarks.plan_growth import growth, operations, pair_seconds
 from enchtable_vllm.errors import ConfigError
@@ -200,3 +202,78 @@ def test_files_leave_the_page_cache(tmp_path):
     assert resident_bytes(path) <= 0.02 * 2**22
     path.read_bytes()
     assert resident_bytes(path) == 2**22
+
+
+SMALL, LARGE = "SmolLM2-135M-Instruct", "Llama-3.2-1B, random"
+MIB = 2**20
+
+
+@pytest.mark.parametrize(
+    ("op", "shape", "metric", "auto", "kept", "missed"),
+    [
+        ("load_weights", f"{SMALL}, warm, 2 threads", "time", 1.0, 1.14, 1.16),
+        ("load_weights", f"{LARGE}, warm, 2 threads", "time", 1.0, 1.09, 1.11),
+        ("load_weights", f"{SMALL}, cold, 2 threads", "time", 1.0, 9.0, None),
+        ("load_model", f"{SMALL}, warm, 2 threads", "time", 1.0, 9.0, None),
+        ("api_ready", f"{SMALL}, 1 rank", "time", 20.0, 20.3, 20.5),
+        # The embedding is the largest tensor: 49152 x 576 and 128256 x 2048, two bytes each.
+        ("load_weights", f"{SMALL}, cold, 2 threads", "peak", 9 * MIB, 116 * MIB, 118 * MIB),
+        ("load_weights", f"{LARGE}, warm, 2 threads", "peak", 9 * MIB, 1010 * MIB, 1012 * MIB),
+        ("api_ready", f"{SMALL}, 1 rank", "peak of a rank", 9 * MIB, 9999 * MIB, None),
+    ],
+)
+def test_what_is_promised_of_loading(op, shape, metric, auto, kept, missed):
+    def found(value):
+        rows = [
+            row(op, provider, shape, "bf16", [seconds], metric=metric)
+            for provider, seconds in (
+                ("auto", auto), ("enchtable bf16", value), ("merge to disk, then auto", 99 * value),
+            )
+        ]  # fmt: skip
+        return list(load.bounds(rows)), [target.kept for _, target in targets(rows)]
+
+    assert found(kept)[0] == []
+    if missed is None:
+        assert found(kept)[1] == []
+    else:
+        (words,), judged = found(missed)
+        assert "promised ≤" in words
+        assert judged == [False]
+
+
+@pytest.mark.parametrize("spectrum", ["flat", "decaying"])
+@pytest.mark.parametrize(
+    ("shape", "cold", "cached"),
+    [("2048x2048", 1.7, 3.5), ("1024x4096", 6.0, 12.0), ("4096x1024", 6.0, 12.0)],
+)
+def test_what_is_promised_of_planning(shape, spectrum, cold, cached):
+    def missed(factor):
+        times = {"authors' algorithm": 1.0, "cold": factor / cold, "cached": factor / cached}
+        of = f"{shape} {spectrum}"
+        return list(plan.bounds([row("plan", p, of, "fp32", [s]) for p, s in times.items()]))
+
+    assert missed(0.99) == []
+    found = missed(1.01)
+    assert [words.split(",")[0] for words in found] == ["cold", "cached"]
+    assert all(f"{shape} {spectrum}" in words for words in found)
+
+
+def test_nothing_is_promised_of_other_shapes_or_of_a_model():
+    for shape in ("576x1536 flat", "model of 30 layers, 576 wide"):
+        rows = [row("plan", p, shape, "fp32", [9.0]) for p in ("authors' algorithm", "cold")]
+        assert list(plan.bounds(rows)) == []
+
+
+def test_what_is_promised_of_the_addition_on_a_gpu():
+    def missed(**seconds):
+        rows = [
+            row("fused_add", provider, f"{size[1:]} MiB, bf16 + int8", "bf16", [value])
+            for size, ours in seconds.items()
+            for provider, value in (("copy", 0.9), ("fused_add", ours), ("torch eager", 9.0))
+        ]
+        return list(kernels_cuda.bounds(rows))
+
+    assert missed(_1=5.0, _32=5.0, _64=0.999, _128=0.999) == []
+    (words,) = missed(_1=5.0, _64=0.999, _2048=1.01)
+    assert words == "bf16 + int8: 89.1% of a copy's speed at 2048 MiB: promised ≥ 90%"
+    assert len(missed(_64=1.01)) == 1

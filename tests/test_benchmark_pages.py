@@ -143,10 +143,26 @@ def test_writing_twice_changes_nothing_and_an_edit_is_seen(results, tmp_path):
     path.write_text(text)
     assert text.startswith("Before.\n")
     assert text.endswith("\nAfter.\n")
-    assert "| 576x576 decaying | 1 s | 500 ms | 2× (2–2) | 250 ms | 4× (4–4) |" in text
+    line = "| 576x576 decaying | 1 s | 500 ms | 2× (2–2) | 250 ms | 4× (4–4) | ≥ 1.7×; ≥ 3.5× |"
+    assert line in text
     assert list(tables.stale(results, among=[page])) == []
     page.write_text(text.replace("500 ms", "50 ms"))
     assert list(tables.stale(results, among=[page])) == [(page, text)]
+
+
+def test_a_page_says_which_target_was_missed(results):
+    lines = str(tables.blocks()["load"](results)).splitlines()
+    (ours,) = [line for line in lines if "warm" in line and "enchtable bf16" in line]
+    assert ours.endswith("| ≤ 1.1×: **missed**; ≤ 1.98 GiB |")
+    assert all(line.endswith("|  |") for line in lines if "| auto |" in line or "to disk" in line)
+    assert lines[-1].endswith(" Targets missed: 1 of 3.")
+
+
+def test_a_gpu_table_shows_the_size_from_which_on_a_share_is_promised(results):
+    head, _, line, *_ = str(tables.blocks()["kernels-cuda"](results)).splitlines()
+    assert "| 64 MiB |" in head
+    assert line.startswith("| bf16 + bf16 | 80% |  | 80% | 80% |")
+    assert line.endswith("| ≥ 90%: **missed** |")
 
 
 def test_a_block_that_nothing_makes_is_refused(results, tmp_path):

@@ -127,6 +127,7 @@ def test_a_missed_bound_is_exit_code_one_and_its_figures_are_kept(monkeypatch, r
     assert done.exit_code == 1
     assert "ours is slow" in done.stderr
     assert len(read(results)) == 2
+    assert invoke("run", "planted", "--quick").exit_code == 0  # a quick run claims nothing
 
 
 def test_one_wrong_bit_of_the_addition_is_seen(monkeypatch):
