@@ -68,6 +68,11 @@ class Architecture:
         return self.matrix_parameters + heads * self.vocabulary * self.hidden + router
 
 
+def random_of(layers: int, hidden: int) -> Architecture:
+    """Of the random model that plans are measured on: SmolLM2-135M's proportions, no embedding."""
+    return Architecture("random", layers, hidden, hidden, hidden // 3, hidden * 8 // 3, 0)
+
+
 def _elements(shapes: Counter[Shape]) -> int:
     return sum(rows * columns * count for (rows, columns), count in shapes.items())
 

@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 from pydantic import Field
 
+from benchmarks.architectures import Shape, random_of
 from benchmarks.harness import NotVerified, Row, interleaved, row
 from benchmarks.harness import Options as BaseOptions
 from benchmarks.plan_bounds import PEER, bounds
-from benchmarks.plan_cases import GAMMA, Shape, delta, published, published_plan, random_model
-from benchmarks.plan_growth import growth
+from benchmarks.plan_cases import GAMMA, delta, published, published_plan, random_model
 from benchmarks.plan_pages import PLOTS, TABLES
 from enchtable_vllm.checkpoint import Checkpoint, local
 from enchtable_vllm.plan import MergePlan, PlanOptions, compute_plan
@@ -143,7 +143,7 @@ class Model:
         if None in paths:
             made = folder / "random"
             if not made.exists():
-                random_model(made, options.layers, options.hidden)
+                random_model(made, random_of(options.layers, options.hidden))
             paths = made / "task", made / "base", made / "vector"
         task, base, vector = (Path(str(path)) for path in paths)
         self._ends = local(task), local(base)
@@ -171,8 +171,7 @@ def _copied(vector: Path, target: Path) -> SafetyVector:
 
 
 def measure(options: Options) -> Iterator[Row]:
-    """Seconds for a pair of each shape, for a whole model, and modelled ones for larger models."""
-    found: list[Row] = []
+    """Seconds for a pair of each shape, and for a whole model."""
     with workers(options.jobs) as pool:
         torch.set_num_threads(options.threads)
         for shape, spectrum in options.pairs():
@@ -188,8 +187,7 @@ def measure(options: Options) -> Iterator[Row]:
             for name, values in seconds.items():
                 share = 1 if name == PEER else options.jobs
                 each = [value / share for value in values]
-                found.append(row("plan", name, f"{_name(shape)} {spectrum}", "fp32", each))
-    yield from found
+                yield row("plan", name, f"{_name(shape)} {spectrum}", "fp32", each)
     if options.model is not None:
         model = Model(options)
         ways: dict[str, Callable[[], object]] = {
@@ -199,7 +197,6 @@ def measure(options: Options) -> Iterator[Row]:
         }
         for name, values in interleaved(ways, options.rounds, warm_up=False).items():
             yield row("plan", name, options.model, "fp32", values)
-    yield from growth(found)
 
 
 def _several(

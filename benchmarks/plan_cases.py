@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from benchmarks.architectures import Architecture, Shape
 from enchtable_vllm.checkpoint import Checkpoint, locate
-from enchtable_vllm.vector import SafetyVector, build_vector
+from enchtable_vllm.vector import SafetyVector, Scope, build_vector
 
 GAMMA = 0.5
-Shape = tuple[int, int]
 
 
 def published(task: torch.Tensor, safety: torch.Tensor, n: float, gamma: float) -> float:
@@ -54,19 +54,20 @@ def delta(shape: Shape, spectrum: str, generator: torch.Generator) -> torch.Tens
     return (noise + strong) * 0.1  # a fine-tune's size beside weights of 0.05
 
 
-def random_model(folder: Path, layers: int, hidden: int) -> tuple[Path, Path, Path]:
-    """Checkpoints of SmolLM2-135M's proportions: (task, base, vector)."""
+def random_model(
+    folder: Path, of: Architecture, scope: Scope = "attention+ffn"
+) -> tuple[Path, Path, Path]:
+    """Checkpoints of an architecture's layers, and a vector of that scope: (task, base, vector)."""
     generator = torch.Generator().manual_seed(0)
-    kv, ffn = hidden // 3, hidden * 8 // 3
     shapes = {
-        "self_attn.q_proj": (hidden, hidden), "self_attn.o_proj": (hidden, hidden),
-        "self_attn.k_proj": (kv, hidden), "self_attn.v_proj": (kv, hidden),
-        "mlp.gate_proj": (ffn, hidden), "mlp.up_proj": (ffn, hidden),
-        "mlp.down_proj": (hidden, ffn),
+        "self_attn.q_proj": (of.queries, of.hidden), "self_attn.o_proj": (of.hidden, of.queries),
+        "self_attn.k_proj": (of.keys, of.hidden), "self_attn.v_proj": (of.keys, of.hidden),
+        "mlp.gate_proj": (of.ffn, of.hidden), "mlp.up_proj": (of.ffn, of.hidden),
+        "mlp.down_proj": (of.hidden, of.ffn),
     }  # fmt: skip
     weights = {
         f"model.layers.{layer}.{kind}.weight": torch.randn(shape, generator=generator) * 0.05
-        for layer in range(layers)
+        for layer in range(of.layers)
         for kind, shape in shapes.items()
     }
     for name, sign in (("base", 0), ("surrogate", -1), ("task", 1)):
@@ -84,6 +85,6 @@ def random_model(folder: Path, layers: int, hidden: int) -> tuple[Path, Path, Pa
         locate(folder / "aligned"),
         locate(folder / "surrogate"),
         folder / "vector",
-        scope="attention+ffn",
+        scope=scope,
     )
     return folder / "task", folder / "base", folder / "vector"

@@ -13,6 +13,7 @@ from benchmarks.harness.tables import Table
 from benchmarks.harness.target import cell, tally
 from benchmarks.harness.units import shown
 from benchmarks.plan_bounds import PEER, targets
+from benchmarks.plan_growth import Pace, growth
 
 _WAYS = (PEER, "cold", "cached")
 
@@ -29,8 +30,12 @@ def _lines(rows: Sequence[Row]) -> Iterator[list[str]]:
         yield line
 
 
+def _pairs_and_models(results: Results) -> list[Row]:
+    return [row for row in results.published("plan") if row.op == "plan"]
+
+
 def _measured(results: Results) -> Table:
-    rows = [row for row in results.published("plan") if row.op == "plan"]
+    rows = _pairs_and_models(results)
     promised = list(targets(rows))
     lines = [
         [*line, cell(target for row, target in promised if row.shape == line[0])]
@@ -41,14 +46,24 @@ def _measured(results: Results) -> Table:
 
 
 def _growth(results: Results) -> Table:
-    rows = [row for row in results.published("plan") if row.op == "plan_model"]
+    rows = _pairs_and_models(results)
     head = ["model, scope", *_WAYS[:2], "faster by", _WAYS[2], "faster by"]
-    return Table(head, _lines(rows), rows, "Modelled from the measured times of single shapes.")
+    note = "Modelled from the measured times of single shapes"
+    paces = [Pace.of(rows, way) for way in _WAYS]
+    if all(pace.model for pace in paces):
+        shares = [
+            f"{shown(pace.besides, 's')} of {shown(pace.model_seconds, 's')} {pace.provider}"
+            for pace in paces[1:]
+        ]
+        note += (
+            f", and of what the whole model above took beyond its own shapes: {', '.join(shares)}"
+        )
+    return Table(head, _lines(list(growth(rows))), rows, f"{note}.")
 
 
 def _plot(results: Results) -> Plot:
-    rows = [row for row in results.published("plan") if row.op == "plan_model"]
-    seconds = {(row.provider, row.shape): row.p50 for row in rows}
+    rows = _pairs_and_models(results)
+    seconds = {(row.provider, row.shape): row.p50 for row in growth(rows)}
     sizes = {model.parameters / 1e9: model.name for model in GROWING}
     curves = [
         Curve(

@@ -31,12 +31,16 @@ def _bytes(value: float) -> str:
 
 def _constants(results: Results) -> Table:
     known = Constants.of(results)
-    largest = max(known.cold, key=lambda shape: min(shape) ** 2 * max(shape))
+    largest = max(known.cold.pairs, key=lambda shape: min(shape) ** 2 * max(shape))
     shape = "x".join(map(str, largest))
     gigabyte = 1e9
     lines = [
-        [f"planning one pair of {shape}, cold", _seconds(known.cold[largest])],
-        [f"planning one pair of {shape}, cached", _seconds(known.cached[largest])],
+        [f"planning one pair of {shape}, cold", _seconds(known.cold.pairs[largest])],
+        [f"planning one pair of {shape}, cached", _seconds(known.cached.pairs[largest])],
+        [
+            "what a plan takes besides, a billion parameters",
+            _seconds(known.cached.besides_each * 1e9),
+        ],
         ["plain weights, warm, a GB", _seconds(known.read * gigabyte)],
         ["what a GB of bf16 vector adds to it", _seconds(known.merge * gigabyte)],
         ["staging a swap, a GB of touched tensors", _seconds(known.stage * gigabyte)],

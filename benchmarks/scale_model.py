@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from benchmarks.architectures import LLAMA_1B, SMOLLM2_135M, Architecture, Shape
+from benchmarks.architectures import LLAMA_1B, SMOLLM2_135M, Architecture
 from benchmarks.harness.results import NotMeasured, Results
 from benchmarks.harness.rows import Row
-from benchmarks.plan_growth import model_seconds, times
+from benchmarks.plan_growth import Pace
 
 _BF16 = 2
 #: One byte an element, and an fp32 scale for 64 of them.
@@ -46,7 +45,7 @@ class Constants:
     """What was measured, by the byte or by the shape.
 
     Attributes:
-        cold: Seconds of planning a pair, by shape.
+        cold: Of planning.
         cached: Likewise, with the vector's factors.
         read: Seconds for a byte of plain weights, warm.
         merge: Seconds that a byte of a bf16 vector adds to it: reading, hashing, adding.
@@ -56,8 +55,8 @@ class Constants:
         rows: Where they come from.
     """
 
-    cold: dict[Shape, float]
-    cached: dict[Shape, float]
+    cold: Pace
+    cached: Pace
     read: float
     merge: float
     stage: float
@@ -86,8 +85,8 @@ class Constants:
         touched = _BF16 * SMOLLM2_135M.attention_parameters
         machine = re.search(r"(\d+) cores?$", planned[0].device)
         return cls(
-            times(planned, "cold"),
-            times(planned, "cached"),
+            Pace.of(planned, "cold"),
+            Pace.of(planned, "cached"),
             auto.p50 / (_BF16 * LLAMA_1B.parameters),
             (ours.p50 - auto.p50) / (_BF16 * LLAMA_1B.attention_parameters),
             stage.p50 / touched,
@@ -136,9 +135,8 @@ class Costs:
 
     def plan_seconds(self, provider: str, *, cores: int | None = None) -> float:
         """Of a plan on the machine that was measured, or on so many cores like its own."""
-        measured = self.known.cold if provider == "cold" else self.known.cached
-        shapes: Counter[Shape] = self.model.attention()
-        seconds = model_seconds(shapes, provider, measured)
+        pace = self.known.cold if provider == "cold" else self.known.cached
+        seconds = pace.plan_seconds(self.model, self.model.attention())
         return seconds * self.known.cores / (cores or self.known.cores)
 
     @property

@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from benchmarks import kernels_cuda, load, plan
-from benchmarks.architectures import EXPERTS_1T, GROWING, LLAMA_8B, LLAMA_70B, LLAMA_405B
+from benchmarks.architectures import (
+    EXPERTS_1T,
+    GROWING,
+    LLAMA_8B,
+    LLAMA_70B,
+    LLAMA_405B,
+    random_of,
+)
 from benchmarks.harness.compare import against, between
 from benchmarks.harness.interval import Ratio, ratio, ratio_of_medians
 from benchmarks.harness.options import Options, parse
@@ -19,7 +26,7 @@ from benchmarks.harness.timing import interleaved
 from benchmarks.harness.units import shown
 from benchmarks.load_bounds import targets
 from benchmarks.page_cache import evict, resident_bytes
-from benchmarks.plan_growth import growth, operations, pair_seconds
+from benchmarks.plan_growth import Pace, growth, operations
 from enchtable_vllm.errors import ConfigError
 
 
@@ -174,13 +181,31 @@ def test_models_have_the_sizes_that_they_are_called_by():
 
 
 def test_a_shape_that_was_measured_is_not_modelled():
-    measured = {(100, 200): 1.0, (1000, 1000): 50.0}
-    assert pair_seconds((200, 100), "cold", measured) == 1.0
-    found = pair_seconds((2000, 2000), "cold", measured)
+    pace = Pace("cold", {(100, 200): 1.0, (1000, 1000): 50.0})
+    assert pace.pair_seconds((200, 100)) == 1.0
+    found = pace.pair_seconds((2000, 2000))
     assert found == pytest.approx(
         50 * operations((2000, 2000), "cold") / operations((1000, 1000), "cold")
     )
     assert found == pytest.approx(400)  # all terms are cubic in a square's side
+
+
+@pytest.mark.parametrize(("provider", "read"), [("cached", "all"), ("authors' algorithm", "scope")])
+def test_what_a_whole_model_took_besides_is_added_by_the_parameter(provider, read):
+    pairs = [
+        row("plan", provider, f"{shape} decaying", "fp32", [0.5])
+        for shape in ("24x72", "72x72", "72x192")
+    ]
+    whole = row("plan", provider, "model of 2 layers, 72 wide", "fp32", [10.0])
+    alone, pace = Pace.of(pairs, provider), Pace.of([*pairs, whole], provider)
+    assert pace.besides == pytest.approx(10.0 - 14 * 0.5)  # seven matrices a layer
+    itself = random_of(2, 72)
+    whole_scope = itself.attention() + itself.feed_forward()
+    assert pace.plan_seconds(itself, whole_scope) == pytest.approx(10.0)
+    shapes = LLAMA_8B.attention()
+    added = pace.plan_seconds(LLAMA_8B, shapes) - alone.plan_seconds(LLAMA_8B, shapes)
+    parameters = LLAMA_8B.parameters if read == "all" else LLAMA_8B.attention_parameters
+    assert added == pytest.approx(3.0 * parameters / itself.parameters, rel=1e-6)
 
 
 def test_what_is_modelled_says_so():

@@ -13,7 +13,6 @@ from benchmarks.harness import plot, row, tables
 from benchmarks.harness.results import Results
 from benchmarks.harness.rows import append
 from benchmarks.kernels_cases import variants
-from benchmarks.plan_growth import growth
 from benchmarks.scale_model import RANKS, Constants, Costs
 from enchtable_vllm.errors import ConfigError
 
@@ -39,7 +38,7 @@ def results(tmp_path):
         )
     ]  # fmt: skip
     models = [dataclasses.replace(one, shape="model of 30 layers, 576 wide") for one in plans[:3]]
-    write(tmp_path, "plan", [*plans, *models, *growth(plans)])
+    write(tmp_path, "plan", [*plans, *models])
     loads = []
     for shape in (
         "SmolLM2-135M-Instruct, cold, 2 threads",
