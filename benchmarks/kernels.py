@@ -36,7 +36,7 @@ class Options(BaseOptions):
     every_variant: bool = Field(default=False, description="all 32, not the two usual ones")
     capabilities: tuple[int, ...] = Field(
         default=(90,),
-        description="of NVIDIA's GPUs to compile for, 90 is 9.0: registers and spills",
+        description="of NVIDIA's GPUs to compile for, 90 is 9.0: registers, spills, occupancy",
     )
 
 

@@ -17,6 +17,8 @@ _TORCH = ("torch eager", "torch.compile")
 _SHOWN, _PEERS_AT = (1, 16, 64, 256, 2048), 256
 #: Of the copy's speed, from so many MiB of weights on: below, launching counts.
 LEAST, LEAST_MEBIBYTES = 0.90, 64
+#: What the compiler made of a variant → its form.
+_COMPILED = {"registers": "{:.0f}", "spills": "{:.0f}", "occupancy": "{:.0%}"}
 _Places = dict[tuple[str, int, str], Row]
 
 
@@ -90,13 +92,15 @@ def _registers(results: Results) -> Table:
     if not rows:
         command = "python -m benchmarks run kernels"
         raise NotMeasured("registers", expected=f"rows of '{command}'", got="none", fix="Run it.")
-    targets = list(dict.fromkeys(row.provider for row in rows))
-    found = {(row.shape, row.provider, row.metric): f"{row.p50:.0f}" for row in rows}
-    lines = []
-    for shape in dict.fromkeys(row.shape for row in rows):
-        cells = [[found.get((shape, t, m), "") for m in ("registers", "spills")] for t in targets]
-        lines.append([shape, *map(", ".join, cells)])
-    return Table(["weights + delta", *targets], lines, rows, "Registers a thread, bytes spilled.")
+    columns = list(dict.fromkeys((row.provider, row.metric) for row in rows))
+    found = {(row.shape, row.provider, row.metric): row.p50 for row in rows}
+    lines = [
+        [shape, *(_COMPILED[metric].format(found[shape, gpu, metric]) for gpu, metric in columns)]
+        for shape in dict.fromkeys(row.shape for row in rows)
+    ]
+    head = ["weights + delta", *map(", ".join, columns)]
+    note = "Registers a thread, bytes spilled, warps at once of the most that there can be."
+    return Table(head, lines, rows, note)
 
 
 def _plot(results: Results) -> Plot:

@@ -1,4 +1,4 @@
-"""Registers and spills of every variant, from the compiler: no GPU is needed."""
+"""Registers, spills and occupancy of every variant, from the compiler: no GPU is needed."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 
 from benchmarks.harness import Row, row
 from benchmarks.kernels_cases import Variant
+from benchmarks.kernels_occupancy import Usage, occupancy
 
 #: The one that the tests hold to its bounds.
 _PROGRAM = Path(__file__).parent.parent / "tests" / "kernels" / "compile_all.py"
@@ -35,8 +36,14 @@ def registers(capability: int) -> Iterator[Row]:
     for found in map(json.loads, done.stdout.splitlines()[:-1]):
         stored, delta, scales, keep, stochastic = found["variant"]
         variant = Variant(_DTYPES[stored], _DTYPES[delta], scales == _RAGGED, keep, stochastic)
-        for metric, unit in (("registers", "a thread"), ("spills", "B")):
-            yield row(
-                "compiled", f"sm_{capability}", variant, variant.dtype, [found[metric]],
-                metric=metric, unit=unit,
-            )  # fmt: skip
+        usage = Usage(found["warps"], found["registers"], found["shared"])
+        for metric, value, unit in (
+            ("registers", found["registers"], "a thread"),
+            ("spills", found["spills"], "B"),
+            ("occupancy", occupancy(usage, capability), "of a multiprocessor's warps"),
+        ):
+            if value is not None:
+                yield row(
+                    "compiled", f"sm_{capability}", variant, variant.dtype, [value],
+                    metric=metric, unit=unit,
+                )  # fmt: skip

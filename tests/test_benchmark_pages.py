@@ -92,9 +92,9 @@ def results(tmp_path):
             )
         ]
         compiled = [
-            row("compiled", "sm_90", variant, variant.dtype, [40], metric=metric, unit=unit)
+            row("compiled", "sm_90", variant, variant.dtype, [value], metric=metric)
             for variant in variants()
-            for metric, unit in (("registers", "a thread"), ("spills", "B"))
+            for metric, value in (("registers", 40), ("spills", 0), ("occupancy", 0.75))
         ]
         write(tmp_path, name, [*adds, *compiled])
     return Results(tmp_path)
@@ -155,6 +155,12 @@ def test_a_page_says_which_target_was_missed(results):
     assert ours.endswith("| ≤ 1.1×: **missed**; ≤ 1.98 GiB |")
     assert all(line.endswith("|  |") for line in lines if "| auto |" in line or "to disk" in line)
     assert lines[-1].endswith(" Targets missed: 1 of 3.")
+
+
+def test_what_the_compiler_made_is_in_columns(results):
+    head, _, line, *_ = str(tables.blocks()["kernels-registers"](results)).splitlines()
+    assert head == "| weights + delta | sm_90, registers | sm_90, spills | sm_90, occupancy |"
+    assert line == "| bf16 + bf16 | 40 | 0 | 75% |"
 
 
 def test_a_gpu_table_shows_the_size_from_which_on_a_share_is_promised(results):

@@ -14,6 +14,7 @@ from benchmarks import commands, kernels_cases, kernels_cuda, kernels_registers,
 from benchmarks.harness import NotVerified, Options, registry, row
 from benchmarks.harness.registry import REGISTRY, Benchmark
 from benchmarks.harness.rows import read
+from benchmarks.kernels_occupancy import Usage, occupancy
 from enchtable_vllm.errors import ConfigError
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -205,14 +206,48 @@ def test_every_variant_is_measured_and_moves_the_bytes_that_it_holds():
 
 def test_registers_come_from_the_compiler(monkeypatch, tmp_path):
     """The program is the tests' own, tried in kernels/test_compile.py; here how it is read."""
-    line = {"variant": ["bf16", "i8", 2, True, True], "registers": 40, "spills": 0}
+    line = {
+        "variant": ["bf16", "i8", 2, True, True], "registers": 40, "spills": 0,
+        "warps": 4, "shared": 4096,
+    }  # fmt: skip
     program = tmp_path / "compile.py"
     program.write_text(f"print('''{json.dumps(line)}''')\nprint('{{}}')")
     monkeypatch.setattr(kernels_registers, "_PROGRAM", program)
     found = {one.metric: one for one in kernels_registers.registers(90)}
     assert found["registers"].shape == "bf16 + int8, ragged, masked, stochastic"
     assert (found["registers"].p50, found["spills"].p50) == (40, 0)
+    assert found["occupancy"].p50 == 0.75
     assert found["spills"].provider == "sm_90"
+    assert "occupancy" not in {one.metric for one in kernels_registers.registers(86)}
+
+
+@pytest.mark.parametrize(
+    ("capability", "warps", "registers", "shared", "blocks"),
+    [
+        # 32 · 128 = 4096 registers a warp: four in each quarter of 16384, so 16 warps, four blocks.
+        (90, 4, 128, 16, 4),
+        # 71 · 32 = 2272, rounded up to 2304: seven in each quarter, 28 warps.
+        (90, 4, 71, 16, 7),
+        # 73 · 32 = 2336, rounded up to 2560: six in each quarter; 2336 itself would go seven times.
+        (90, 4, 73, 16, 6),
+        # 140 · 32 = 4480, rounded up to 4608: three in each quarter, 12; 14 in all of them as one.
+        (90, 1, 140, 0, 12),
+        # 32 registers: 16 warps in each quarter, all 64.
+        (100, 4, 32, 16, 16),
+        # Single warps: no more than 32 blocks, half of the warps.
+        (80, 1, 32, 0, 32),
+        # 16 KiB and the 1 KiB that is reserved: nine in 164 KiB, thirteen in 228.
+        (80, 4, 32, 16 * 1024, 9),
+        (90, 4, 32, 16 * 1024, 13),
+        # One byte more is 128 more: 17536 bytes, thirteen still; 13 · 17536 = 227968 ≤ 233472.
+        (100, 4, 32, 16 * 1024 + 1, 13),
+    ],
+)
+def test_occupancy_is_what_registers_shared_memory_and_warps_allow(
+    capability, warps, registers, shared, blocks
+):
+    usage = Usage(warps, registers, shared)
+    assert occupancy(usage, capability) == blocks * warps / 64
 
 
 @pytest.mark.gpu

@@ -2,8 +2,8 @@
 
 A program of its own, because Triton's interpreter, which other tests use, is for good. Usage:
 ``python compile_all.py '[["cuda", 90, 32], …]'``; each line is one variant: target, dtypes,
-options, its assembly's memory accesses, registers and spills, and whether what a mask leaves
-out gets -0 added, bit for bit.
+options, its assembly's memory accesses, registers and spills (on NVIDIA's warps and shared memory
+too), and whether what a mask leaves out gets -0 added, bit for bit.
 """
 
 import itertools
@@ -77,6 +77,8 @@ def of_nvidia(made):
         "fused": len(re.findall(r"\bfma\.rn\S*\.f32", ptx)),
         "registers": int(found[1]),
         "spills": int(found[2]) + int(found[3]),
+        "shared": made.metadata.shared,
+        "warps": made.metadata.num_warps,
     }
 
 
