@@ -6,14 +6,16 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from docs_text import ROOT
 
-from benchmarks import kernels_cuda, load, plan
+from benchmarks import kernels_cuda, load, plan, rounding
 from benchmarks.architectures import (
     EXPERTS_1T,
     GROWING,
     LLAMA_8B,
     LLAMA_70B,
     LLAMA_405B,
+    SMOLLM2_135M,
     random_of,
 )
 from benchmarks.harness.compare import against, between
@@ -302,3 +304,18 @@ def test_what_is_promised_of_the_addition_on_a_gpu():
     (words,) = missed(_1=5.0, _64=0.999, _2048=1.01)
     assert words == "bf16 + int8: 89.1% of a copy's speed at 2048 MiB: promised ≥ 90%"
     assert len(missed(_64=1.01)) == 1
+
+
+def test_the_page_shows_what_rounding_leaves():
+    assert "\n".join(rounding.lines()) in (ROOT / "docs" / "method.md").read_text()
+
+
+def test_the_size_of_factors_is_what_the_page_says():
+    attention = SMOLLM2_135M.attention()
+    factors = sum(
+        count * rows * columns * (2 + 2 * min(rows, columns) / max(rows, columns))
+        for (rows, columns), count in attention.items()
+    )
+    vector = 2 * SMOLLM2_135M.attention_parameters
+    text = (ROOT / "docs" / "formats.md").read_text()
+    assert f"{factors / 1e6:.0f} MB\nbeside the bf16 vector's {vector / 1e6:.0f} MB" in text
