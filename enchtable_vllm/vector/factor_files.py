@@ -173,7 +173,7 @@ def add_factors(
     count = worker_count(jobs, device)
 
     def work(name: str) -> list[Factors]:
-        delta = vector.read(name).float()
+        delta, _ = vector.dense(name)
         return [factor(matrix.to(device), rank_fraction) for matrix in matrices(delta)]
 
     def computed() -> Generator[tuple[str, torch.Tensor]]:

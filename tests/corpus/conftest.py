@@ -1,5 +1,6 @@
 """The good family that the corpus damages."""
 
+import models
 import pytest
 import torch
 from corpus import consumers, seeds
@@ -15,7 +16,19 @@ def _one_thread():
 
 
 @pytest.fixture(scope="session")
-def small(tmp_path_factory):
-    """A good family, and what every consumer makes of it."""
-    folder = tmp_path_factory.mktemp("small")
-    return consumers.reference(seeds.small_family(folder / "family"), folder / "out")
+def good(tmp_path_factory):
+    """A good family of each form, and what every consumer makes of it."""
+    references = {}
+    plain = seeds.small_family(tmp_path_factory.mktemp("plain") / "family")
+    for form, make in seeds.FORMS.items():
+        folder = tmp_path_factory.mktemp(form)
+        family = models.copy_family(plain, folder / "family")
+        make(family)
+        references[form] = consumers.reference(family, folder / "out")
+    return references
+
+
+@pytest.fixture(scope="session")
+def small(good):
+    """The plain one."""
+    return good["plain"]

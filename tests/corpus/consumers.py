@@ -16,6 +16,7 @@ from unittest import mock
 
 import models
 import typer
+from corpus import seeds
 from corpus.damage import Damage
 from models import Family
 from safetensors.torch import load_file
@@ -24,7 +25,7 @@ from enchtable_vllm import cli
 from enchtable_vllm.checkpoint import Location, combine_digests, locate, tensor_digest
 from enchtable_vllm.errors import EnchTableError
 from enchtable_vllm.merge import MergeStream, TensorMerge, merge_checkpoint
-from enchtable_vllm.plan import read_plan, resolve_plan
+from enchtable_vllm.plan import open_masks, read_plan, resolve_plan
 from enchtable_vllm.serving.config import LoaderConfig
 from enchtable_vllm.serving.prepare import Prepared, prepare_model
 from enchtable_vllm.vector import SafetyVector, build_vector
@@ -100,18 +101,19 @@ def resolve(family: Family, _: Path | None = None) -> object:
 
 
 def merge(family: Family, out: Path) -> object:
-    vector, resolved = SafetyVector.open(family.vector), resolve_plan(*read_plan(family.plan))
-    return merge_checkpoint(Location(family.task), vector, resolved, out / "m").merged_digest
+    plan, digest = read_plan(family.plan)
+    vector, resolved = SafetyVector.open(family.vector), resolve_plan(plan, digest)
+    masks = open_masks(plan, family.plan)
+    location = Location(family.task)
+    return merge_checkpoint(location, vector, resolved, out / "m", masks=masks).merged_digest
 
 
 def stream(prepared: Prepared, family: Family) -> object:
     """As the loader streams: every stored tensor through the one merged stream."""
     what, masks = prepared.task.checkpoint.what, prepared.masks
     through = MergeStream(TensorMerge(prepared.resolved, prepared.vector, what=what, masks=masks))
-    stored = {
-        n: t for p in sorted(family.task.glob("*.safetensors")) for n, t in load_file(p).items()
-    }
-    merged = {name: tensor_digest(tensor) for name, tensor in through.merge(stored.items())}
+    stored = through.merge(seeds.stored(family.task).items())
+    merged = {name: tensor_digest(tensor) for name, tensor in stored}
     assert through.report is not None
     prepared.task.checkpoint.refuse_changed()
     return combine_digests(merged)
@@ -132,10 +134,14 @@ def serve_with_base(family: Family, out: Path) -> object:
     return stream(prepared, family)
 
 
-def _plan_command(family: Family, out: Path) -> object:
+def _plan_command(family: Family, out: Path, *options: object) -> object:
     names = ("--task-model", family.task, "--base-model", family.base)
-    command("plan", *names, "--safety-vector", family.vector, "-o", out / "p.json")
+    command("plan", *names, "--safety-vector", family.vector, "-o", out / "p.json", *options)
     return (out / "p.json").read_text()
+
+
+def _masks_command(family: Family, out: Path) -> object:
+    return _plan_command(family, out, "--density", "0.5", "--mask", "drop-sign-conflicts")
 
 
 def _merge_command(family: Family, out: Path) -> object:
@@ -144,10 +150,14 @@ def _merge_command(family: Family, out: Path) -> object:
     return {n: tensor_digest(t) for n, t in load_file(out / "m" / "model.safetensors").items()}
 
 
-def _build_command(family: Family, out: Path) -> object:
+def _build_command(family: Family, out: Path, *options: object) -> object:
     ends = ("--aligned", family.aligned, "--surrogate", family.surrogate)
-    command("vector", "build", *ends, "-o", out / "v")
+    command("vector", "build", *ends, "-o", out / "v", *options)
     return (out / "v" / "safety_vector.json").read_text()
+
+
+def _factors_command(family: Family, out: Path) -> object:
+    return _build_command(family, out, "--dtype", "int8", "--factors")
 
 
 def _consumer(name: str, reads: str, run: Callable[[Family, Path], object]) -> Consumer:
@@ -157,17 +167,21 @@ def _consumer(name: str, reads: str, run: Callable[[Family, Path], object]) -> C
 CONSUMERS = (
     _consumer("read", "vector", read_vector),
     _consumer("resolve", "plan", resolve),
-    _consumer("plan", "vector task base", compute_plan),
-    _consumer("merge", "vector plan task", merge),
-    _consumer("serve", "vector plan task", serve),
-    _consumer("serve with base", "vector task base", serve_with_base),
+    _consumer("plan", "vector factors task base", compute_plan),
+    _consumer("merge", "vector plan masks task", merge),
+    _consumer("serve", "vector plan masks task", serve),
+    _consumer("serve with base", "vector factors task base", serve_with_base),
     _consumer("build", "aligned", build),
     _consumer(
-        "command: verify", "vector", lambda f, _: command("vector", "verify", f.vector) and None
+        "command: verify",
+        "vector factors",
+        lambda f, _: command("vector", "verify", f.vector) and None,
     ),
-    _consumer("command: plan", "vector task base", _plan_command),
-    _consumer("command: merge", "vector plan task", _merge_command),
+    _consumer("command: plan", "vector factors task base", _plan_command),
+    _consumer("command: plan with masks", "vector factors task base", _masks_command),
+    _consumer("command: merge", "vector plan masks task", _merge_command),
     _consumer("command: build", "aligned", _build_command),
+    _consumer("command: build with factors", "aligned", _factors_command),
 )
 
 

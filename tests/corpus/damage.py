@@ -11,6 +11,7 @@ from models import Family
 #: A fingerprint of nothing.
 OTHER = "blake3:" + "0" * 64
 VERIFY, READ, PLAN = {"command: verify"}, {"read"}, {"plan", "serve with base", "command: plan"}
+PLAN |= {"command: plan with masks"}
 MERGE, RESOLVE = {"merge", "serve", "command: merge"}, {"resolve"}
 
 
@@ -19,13 +20,14 @@ class Damage:
     """One damage.
 
     Attributes:
-        artefact: What it is done to: vector, plan, task, base or aligned.
+        artefact: What it is done to: vector, factors, plan, masks, task, base or aligned.
         name: For people.
         apply: Does it to a family's folder.
         message: What every refusal of it says (a regular expression, class name included).
         blind: Consumers that rightly do not see it; their result must not change.
         other: Consumers for which it is another good input.
         proves: The line of the README that it stands for.
+        form: Among `seeds.FORMS`: what the family is like that it is done to.
     """
 
     artefact: str
@@ -35,10 +37,12 @@ class Damage:
     blind: frozenset[str] = frozenset()
     other: frozenset[str] = frozenset()
     proves: str | None = None
+    form: str = "plain"
 
 
-def damage(artefact, name, apply, message, blind=(), other=(), proves=None) -> Damage:
-    return Damage(artefact, name, apply, message, frozenset(blind), frozenset(other), proves)
+def damage(artefact, name, apply, message, blind=(), other=(), proves=None, form="plain") -> Damage:
+    blind, other = frozenset(blind), frozenset(other)
+    return Damage(artefact, name, apply, message, blind, other, proves, form)
 
 
 def folder(family: Family, artefact: str):

@@ -73,7 +73,9 @@ def plan_words() -> Iterator[Damage]:
     yield edited("an unknown scope", "scope", value="everything", message="MergePlanError: .*scope")
     yield edited("a scope it is not for", "scope", value="ffn",
                  message="MismatchError: .*outside scope 'ffn'", blind=RESOLVE)  # fmt: skip
-    yield edited("no tensors", "tensors", value={}, message="MergePlanError: .*at least one")
+    yield edited(
+        "no tensors", "tensors", value={}, message="MergePlanError: .*(at least one|mask for every)"
+    )
     yield edited("no vector", "safety_vector", value=None, message="MergePlanError: .*safety_vec")
 
     def foreign(family):

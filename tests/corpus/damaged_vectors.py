@@ -190,12 +190,14 @@ def vector_files() -> Iterator[Damage]:
         Q,
         "digest",
         value=OTHER,
-        message="SafetyVectorError: .*Its bytes|MismatchError: .*plan was made",
+        message="SafetyVectorError: .*(Its bytes|factors of)|MismatchError: .*plan was made",
     )
     yield edited("tensors", Q, "digest", value="md5:0", message="SafetyVectorError: .*digest")
     yield edited("tensors", Q, "shape", value=[16, 64], message="SafetyVectorError: .*manifest")
     yield edited("tensors", Q, "shape", value=[2**80], message="SafetyVectorError: ")
-    yield edited("tensors", Q, "dtype", value="F32", message="SafetyVectorError: .*manifest")
+    yield edited(
+        "tensors", Q, "dtype", value="F32", message="SafetyVectorError: .*(manifest|scale_digest)"
+    )
     yield edited("tensors", Q, "dtype", value="pickle", message="SafetyVectorError: .*dtype")
     yield edited("tensors", "x", value=entries | {"aligned_sample": [0]},
                  message="SafetyVectorError: .*'x' is in no file")  # fmt: skip

@@ -6,12 +6,16 @@ import json
 import struct
 from pathlib import Path
 
+import architectures
 import models
 import torch
 from safetensors.torch import load_file, save_file
 
-from enchtable_vllm.checkpoint import tensor_digest
-from enchtable_vllm.vector import SafetyVector
+from enchtable_vllm.checkpoint import Location, locate, tensor_digest
+from enchtable_vllm.plan import MaskOptions, PlanOptions, VectorLocation, compute_plan
+from enchtable_vllm.plan.masks import MaskWriter
+from enchtable_vllm.vector import SafetyVector, add_factors, build_vector
+from enchtable_vllm.vector.format import SCALE
 
 HIDDEN, KEYS, INNER, VOCABULARY = 32, 16, 48, 64
 Q = "model.layers.0.self_attn.q_proj.weight"
@@ -41,10 +45,56 @@ def small_family(folder: Path) -> models.Family:
     return models.make_family(small_checkpoint(folder / "aligned"), folder)
 
 
+def _int8(family: models.Family) -> None:
+    ends = locate(family.aligned), locate(family.surrogate)
+    build_vector(*ends, family.vector, dtype="int8", overwrite=True)
+    family.plan.write_text(models.plan_for(family.task, family.base, family.vector).to_json())
+
+
+def _masked(family: models.Family) -> None:
+    with MaskWriter(family.plan) as masks:
+        plan = compute_plan(
+            Location(family.task),
+            Location(family.base),
+            SafetyVector.open(family.vector),
+            PlanOptions(masks=MaskOptions(density=0.5, drop_sign_conflicts=True)),
+            vector_location=VectorLocation(path=family.vector.name),
+            mask_writer=masks,
+        )
+    family.plan.write_text(plan.to_json())
+
+
+def _factored(family: models.Family) -> None:
+    add_factors(SafetyVector.open(family.vector), max_shard_bytes=10**9)
+
+
+def _pickled(family: models.Family) -> None:
+    for folder in (family.aligned, family.surrogate, family.base, family.task):
+        architectures.pickled(folder)
+
+
+#: What a family may be like: what makes it so of a plain one.
+FORMS = {
+    "plain": lambda family: None,
+    "int8": _int8,
+    "masked": _masked,
+    "factored": _factored,
+    "pickled": _pickled,
+}
+
+
 def weights(folder: Path) -> Path:
     """The one weight file of a checkpoint or a vector."""
-    (path,) = folder.glob("*.safetensors")
+    found = (p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin"))
+    (path,) = (p for p in found if not p.name.startswith("safety_vector_factors"))
     return path
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    """A model's tensors, read without our own reader."""
+    if pickles := sorted(folder.glob("*.bin")):
+        return {n: t for p in pickles for n, t in torch.load(p, weights_only=True).items()}
+    return {n: t for p in sorted(folder.glob("*.safetensors")) for n, t in load_file(p).items()}
 
 
 def manifest(family: models.Family) -> Path:
@@ -94,7 +144,8 @@ def forge(family: models.Family, edit) -> None:
 
     def vouch(document):
         for name, tensor in tensors.items():
-            document["tensors"][name]["digest"] = tensor_digest(tensor)
+            key = "scale_digest" if name.endswith(SCALE) else "digest"
+            document["tensors"][name.removesuffix(SCALE)][key] = tensor_digest(tensor)
 
     edit_json(manifest(family), vouch)
     fingerprint = SafetyVector.open(family.vector).fingerprint

@@ -7,20 +7,43 @@ from models import copy_family
 from enchtable_vllm.errors import ConfigError
 from enchtable_vllm.serving.config import LoaderConfig
 from enchtable_vllm.serving.prepare import prepare_model
+from enchtable_vllm.vector import SafetyVector
+from enchtable_vllm.vector.factor_files import verify_factors
 
 
-def parameters():
-    for damage in damages.DAMAGES:
+def parameters(chosen):
+    for damage in chosen:
         marks = [pytest.mark.refuses(damage.proves)] if damage.proves else []
-        yield pytest.param(damage, id=f"{damage.artefact}: {damage.name}", marks=marks)
+        form = "" if damage.form == "plain" else f"{damage.form}, "
+        yield pytest.param(damage, id=f"{form}{damage.artefact}: {damage.name}", marks=marks)
 
 
 @pytest.mark.timeout(60)  # a FIFO that is opened waits for ever
-@pytest.mark.parametrize("damage", list(parameters()))
-def test_refused_by_every_consumer(small, tmp_path, damage):
-    family = copy_family(small.family, tmp_path / "family")
+@pytest.mark.parametrize("damage", list(parameters(damages.DAMAGES)))
+def test_refused_by_every_consumer(good, tmp_path, damage):
+    reference = good[damage.form]
+    family = copy_family(reference.family, tmp_path / "family")
     damage.apply(family)
-    consumers.check_refused(small, family, damage, tmp_path / "out")
+    consumers.check_refused(reference, family, damage, tmp_path / "out")
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    "damage", list(parameters(d for d in damages.VECTOR_CONTENTS if d.artefact == "vector"))
+)
+def test_factoring_leaves_a_damaged_vector_as_it_was(good, tmp_path, damage):
+    """'enchtable vector factor' writes into the vector's own folder, over what was there."""
+    family = copy_family(good[damage.form].family, tmp_path / "family")
+    damage.apply(family)
+    before = consumers.files(family.vector)
+    message, _ = consumers.refusal(lambda: consumers.command("vector", "factor", family.vector))
+    if "read" in damage.blind | damage.other:
+        assert message is None
+        verify_factors(SafetyVector.open(family.vector))
+        return
+    assert message is not None
+    assert consumers.well_formed(message), message
+    assert consumers.files(family.vector) == before
 
 
 @pytest.mark.refuses("an unknown or ill-typed loader key")
