@@ -18,26 +18,24 @@ import functools
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import Field
 
-from benchmarks import load_worker, models
+from benchmarks import load_cases, load_worker
 from benchmarks.harness import Options as BaseOptions
 from benchmarks.harness import Row, row
 from benchmarks.load_bounds import bounds
 from benchmarks.load_pages import TABLES
 from benchmarks.load_serving import until_ready
-from benchmarks.load_worker import AUTO, Case, Plan, run_in_vllm
+from benchmarks.load_worker import AUTO, Plan, run_in_vllm
 
 __all__ = ["FULL", "PEER", "QUICK", "TABLES", "Options", "bounds", "measure", "verify"]
 
 PEER = AUTO
 QUICK = {"models": ("small",), "rounds": 1, "cold_rounds": 1, "starts": 0}
 FULL = {"rounds": 9, "cold_rounds": 5, "starts": 5, "threads": (1, 2), "ranks": (1, 2)}
-_STORED: tuple[models.Stored, ...] = ("bf16", "int8")
 
 
 class Options(BaseOptions):
@@ -56,7 +54,7 @@ class Options(BaseOptions):
 def verify(options: Options) -> None:
     """What is loaded is the offline merge, bit for bit."""
     for which in options.models:
-        case = _apart(_make, which, options.scratch / which)
+        case = _apart(load_cases.make, which, options.scratch / which)
         _apart(run_in_vllm, case, load_worker.verify_bits)
 
 
@@ -64,7 +62,7 @@ def measure(options: Options) -> Iterator[Row]:
     """Seconds and peaks, inside one rank and from outside."""
     plan = Plan({"warm": options.rounds, "cold": options.cold_rounds}, options.threads)
     for which in options.models:
-        case = _case(which, options.scratch / which)
+        case = load_cases.case(which, options.scratch / which)
         found: load_worker.Found = _apart(run_in_vllm, case, load_worker.measure_loads, plan)
         for (provider, cache, threads), readings in found.items():
             of = f"{case.name}, {cache}, {threads} thread{'s' * (threads > 1)}"
@@ -73,7 +71,7 @@ def measure(options: Options) -> Iterator[Row]:
             yield made("load_model", values=readings["model"])
             yield made("load_weights", values=readings["peak"], metric="peak", unit="B")
     if options.starts:
-        case = _case(options.models[0], options.scratch / options.models[0])
+        case = load_cases.case(options.models[0], options.scratch / options.models[0])
         for ranks in options.ranks:
             yield from until_ready(case, options.starts, ranks)
 
@@ -82,22 +80,3 @@ def _apart(call: Callable[..., Any], *arguments: Any) -> Any:
     """In a process of its own: vLLM 0.32 does not start where llvmlite was imported before."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(call, *arguments).result()
-
-
-def _case(which: str, folder: Path) -> Case:
-    task = models.task_model("small", folder) if which == "small" else folder / "task"
-    vectors: dict[str, tuple[Path, Path]] = {
-        stored: (folder / stored, folder / f"{stored}.json") for stored in _STORED
-    }
-    return Case(models.NAMES[which], task, vectors, folder)
-
-
-def _make(which: str, folder: Path) -> Case:
-    folder.mkdir()
-    task = models.task_model(which, folder / "task")
-    case = _case(which, folder)
-    for stored in _STORED:
-        path, plan = case.vectors[stored]
-        vector = models.random_vector(task, path, stored)
-        plan.write_text(models.plan_without_interference(task, vector).to_json())
-    return case

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
-from benchmarks.architectures import LLAMA_1B, SMOLLM2_135M, Architecture
+from benchmarks import models
+from benchmarks.architectures import Architecture
 from benchmarks.harness.rows import Row
 from benchmarks.harness.target import Target
 from benchmarks.harness.units import shown
@@ -15,7 +16,6 @@ from benchmarks.load_worker import AUTO
 MOST_WARM, MOST_WARM_SMALL = 1.10, 1.15
 MOST_READY = 1.02
 TENSORS_AHEAD = 2
-_SMALL = SMOLLM2_135M
 _BF16 = 2
 
 
@@ -35,7 +35,7 @@ def targets(rows: Sequence[Row]) -> Iterator[tuple[Row, Target]]:
             share = row.p50 / auto
             yield row, Target(f"≤ {most:g}×", share <= most, f"{share:.4g}× auto")
         elif row.op == "load_weights" and row.metric == "peak":
-            bound = auto + TENSORS_AHEAD * largest_bytes(_architecture(row))
+            bound = auto + TENSORS_AHEAD * largest_bytes(models.SHAPES[_which(row)])
             promised = f"≤ {shown(bound, 'B')}"
             yield row, Target(promised, row.p50 <= bound, shown(row.p50, "B"))
 
@@ -60,9 +60,9 @@ def _most(row: Row) -> float | None:
     if row.op == "api_ready":
         return MOST_READY
     if row.op == "load_weights" and re.search(r", warm\b", row.shape):
-        return MOST_WARM_SMALL if _architecture(row) is _SMALL else MOST_WARM
+        return MOST_WARM_SMALL if _which(row) == "small" else MOST_WARM
     return None
 
 
-def _architecture(row: Row) -> Architecture:
-    return next(model for model in (_SMALL, LLAMA_1B) if row.shape.startswith(model.name))
+def _which(row: Row) -> str:
+    return next(which for which, name in models.NAMES.items() if row.shape.startswith(name))

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.architectures import LLAMA_1B
+from benchmarks.architectures import LLAMA_1B, SMOLLM2_135M, Architecture
 from enchtable_vllm.checkpoint import Checkpoint, Location, tensor_digest
 from enchtable_vllm.demo.fetch import small_model
 from enchtable_vllm.envs import cache_folder
@@ -24,7 +24,13 @@ from enchtable_vllm.vector import ModelReference, SafetyVector, build_vector
 
 Stored = Literal["bf16", "int8"]
 #: Short name → the model's own, as rows have it.
-NAMES = {"small": "SmolLM2-135M-Instruct", "1b": "Llama-3.2-1B, random"}
+NAMES = {"small": "SmolLM2-135M-Instruct", "1b": "Llama-3.2-1B, random", "tiny": "tiny, random"}
+#: ``tiny`` is for trying things out.
+SHAPES = {
+    "small": SMOLLM2_135M,
+    "1b": LLAMA_1B,
+    "tiny": Architecture("tiny", 2, 128, 128, 64, 256, 512, tied=True),
+}
 _HEAD = 64
 
 
@@ -32,11 +38,10 @@ def task_model(which: str, folder: Path) -> Path:
     """A model of `NAMES`: the small one from its package, the other written to the folder."""
     if which == "small":
         return small_model(cache_folder() / "demo" / "smollm2-135m-instruct")
-    return _random_llama(folder)
+    return _random_llama(folder, SHAPES[which])
 
 
-def _random_llama(folder: Path) -> Path:
-    shape = LLAMA_1B
+def _random_llama(folder: Path, shape: Architecture) -> Path:
     shapes: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (shape.vocabulary, shape.hidden),
         "model.norm.weight": (shape.hidden,),

@@ -10,7 +10,6 @@ peer's, to 2.7e-4 of itself, which is 1e-4 of any attenuation.
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,12 +21,10 @@ from benchmarks.architectures import Shape, random_of
 from benchmarks.harness import NotVerified, Row, interleaved, row
 from benchmarks.harness import Options as BaseOptions
 from benchmarks.plan_bounds import PEER, bounds
-from benchmarks.plan_cases import GAMMA, delta, published, published_plan, random_model
+from benchmarks.plan_cases import GAMMA, delta, published, random_model
+from benchmarks.plan_model import Model
 from benchmarks.plan_pages import PLOTS, TABLES
-from enchtable_vllm.checkpoint import Checkpoint, local
-from enchtable_vllm.plan import MergePlan, PlanOptions, compute_plan
 from enchtable_vllm.plan.interference import interference_terms
-from enchtable_vllm.vector import SafetyVector, add_factors
 from enchtable_vllm.vector.factors import factor
 from enchtable_vllm.vector.workers import worker_count, workers
 
@@ -115,7 +112,7 @@ def verify(options: Options) -> None:
             else:
                 _agree(what, a * _N + b, PEER, pair.published())
     if options.model is not None:
-        model = Model(options)
+        model = _model(options)
         made = model.plan("cold")
         _demand(
             options.model, model.plan("cached").tensors == made.tensors, "the same with factors"
@@ -134,40 +131,16 @@ def _demand(what: str, right: bool, expected: str, got: object = "another") -> N
         raise NotVerified(what, expected=expected, got=got, fix="No speed is reported.")
 
 
-class Model:
-    """A task model, its base and a vector with and without factors, in the scratch folder."""
-
-    def __init__(self, options: Options) -> None:
-        folder = options.scratch
-        paths = options.task_model, options.base_model, options.safety_vector
-        if None in paths:
-            made = folder / "random"
-            if not made.exists():
-                random_model(made, random_of(options.layers, options.hidden))
-            paths = made / "task", made / "base", made / "vector"
-        task, base, vector = (Path(str(path)) for path in paths)
-        self._ends = local(task), local(base)
-        self._jobs = options.jobs
-        self._vectors = {name: _copied(vector, folder / name) for name in ("cold", "cached")}
-        add_factors(self._vectors["cached"], jobs=options.jobs, max_shard_bytes=10**10)
-        self._vectors["cached"] = SafetyVector.open(folder / "cached")
-        self._n = self.plan("cold").norm_scale
-
-    def plan(self, which: str) -> MergePlan:
-        """Ours: files read, digests and outcome included."""
-        options = PlanOptions(jobs=self._jobs, allow_other_base=True)
-        return compute_plan(*self._ends, self._vectors[which], options)
-
-    def published(self) -> float:
-        """The peer's: the sum of all interferences."""
-        task, base = (Checkpoint(end.path) for end in self._ends)
-        return published_plan(task, base, self._vectors["cold"], self._n)
-
-
-def _copied(vector: Path, target: Path) -> SafetyVector:
-    shutil.rmtree(target, ignore_errors=True)
-    shutil.copytree(vector, target, ignore=shutil.ignore_patterns("*factors*"))
-    return SafetyVector.open(target)
+def _model(options: Options) -> Model:
+    """The user's, or a random one, in the scratch folder."""
+    paths = options.task_model, options.base_model, options.safety_vector
+    if None in paths:
+        made = options.scratch / "random"
+        if not made.exists():
+            random_model(made, random_of(options.layers, options.hidden))
+        paths = made / "task", made / "base", made / "vector"
+    task, base, vector = (Path(str(path)) for path in paths)
+    return Model(options.scratch, (task, base, vector), jobs=options.jobs)
 
 
 def measure(options: Options) -> Iterator[Row]:
@@ -189,7 +162,7 @@ def measure(options: Options) -> Iterator[Row]:
                 each = [value / share for value in values]
                 yield row("plan", name, f"{_name(shape)} {spectrum}", "fp32", each)
     if options.model is not None:
-        model = Model(options)
+        model = _model(options)
         ways: dict[str, Callable[[], object]] = {
             PEER: model.published,
             "cold": lambda: model.plan("cold"),

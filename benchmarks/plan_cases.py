@@ -23,18 +23,20 @@ def published(task: torch.Tensor, safety: torch.Tensor, n: float, gamma: float) 
     u = torch.cat([u1[:, :k1], u2[:, :k2]], dim=1)
     v = torch.cat([v1[:k1], v2[:k2]]).mT
     sigma = torch.diag(torch.cat([s1[:k1], s2[:k2]]))
-    identity = torch.eye(k1 + k2, dtype=task.dtype)
+    identity = torch.eye(k1 + k2, dtype=task.dtype, device=task.device)
     entries = (u.mT @ u - identity) @ sigma @ (v.mT @ v - identity)
     return 200 * float(entries.abs().sum()) / (k1 + k2) ** 2
 
 
-def published_plan(task: Checkpoint, base: Checkpoint, vector: SafetyVector, n: float) -> float:
+def published_plan(
+    task: Checkpoint, base: Checkpoint, vector: SafetyVector, n: float, device: str = "cpu"
+) -> float:
     """The same for a whole model: the interference of all merged matrices, added up."""
     total = 0.0
     for name, entry in vector.tensors.items():
-        moved = task.read(name).float() - base.read(name).float()
+        moved, safety = task.read(name).float() - base.read(name).float(), vector.read(name)
         if len(entry.shape) == 2:
-            total += published(moved, vector.read(name).float(), n, GAMMA)
+            total += published(moved.to(device), safety.float().to(device), n, GAMMA)
     return total
 
 

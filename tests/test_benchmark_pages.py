@@ -39,6 +39,11 @@ def results(tmp_path):
     ]  # fmt: skip
     models = [dataclasses.replace(one, shape="model of 30 layers, 576 wide") for one in plans[:3]]
     write(tmp_path, "plan", [*plans, *models])
+    for name, providers in (
+        ("plan-cuda", ("authors' algorithm", "cold")),
+        ("load-cuda", ("safetensors", "enchtable bf16")),
+    ):
+        write(tmp_path, name, [row("op", one, "s", "bf16", [1.0] * 3) for one in providers])
     loads = []
     for shape in (
         "SmolLM2-135M-Instruct, cold, 2 threads",

@@ -1,6 +1,7 @@
 """The benchmarks' commands are known to work; what they measure here means nothing."""
 
 import json
+import shutil
 import subprocess
 import sys
 from types import ModuleType
@@ -10,7 +11,15 @@ import torch
 from docs_text import ROOT
 from typer.testing import CliRunner
 
-from benchmarks import commands, kernels_cases, kernels_cuda, kernels_registers, runs
+from benchmarks import (
+    commands,
+    kernels_cases,
+    kernels_cuda,
+    kernels_registers,
+    load_cuda,
+    plan_cuda,
+    runs,
+)
 from benchmarks.harness import NotVerified, Options, registry, row
 from benchmarks.harness.registry import REGISTRY, Benchmark
 from benchmarks.harness.rows import read
@@ -250,8 +259,53 @@ def test_occupancy_is_what_registers_shared_memory_and_warps_allow(
     assert occupancy(usage, capability) == blocks * warps / 64
 
 
+def on_the_cpu(module, tmp_path, **more):
+    """A benchmark of a GPU, tried where there is none."""
+    return module.Options(**{**module.QUICK, "device": "cpu", "scratch": tmp_path, **more})
+
+
+def test_planning_on_a_gpu_as_on_the_cpu(tmp_path):
+    options = on_the_cpu(plan_cuda, tmp_path, shrink=32)
+    plan_cuda.verify(options)
+    found = {(one.shape, one.provider) for one in plan_cuda.measure(options)}
+    one, two = (f"{layers} of Llama-3.1-8B, attention" for layers in ("1 layer", "2 layers"))
+    assert found == {
+        (one, "cold"), (one, "cached"), (one, "authors' algorithm"), (two, "cold"), (two, "cached")
+    }  # fmt: skip
+
+
+def test_a_plan_that_differs_on_a_gpu_has_no_figures(tmp_path, monkeypatch):
+    monkeypatch.setattr(plan_cuda, "TOLERANCE", -1.0)
+    with pytest.raises(NotVerified, match="the CPU's interference"):
+        plan_cuda.verify(on_the_cpu(plan_cuda, tmp_path, shrink=32))
+
+
+def test_loading_onto_a_gpu_as_on_the_cpu(tmp_path, monkeypatch):
+    options = on_the_cpu(load_cuda, tmp_path)
+    load_cuda.verify(options)
+    found = {one.provider: one for one in load_cuda.measure(options)}
+    assert found.keys() == {"safetensors", "enchtable bf16", "enchtable int8"}
+    assert {one.shape for one in found.values()} == {"tiny, random, warm"}
+
+    def unmerged(case, _, device):
+        return load_cuda.plain(case, device)
+
+    monkeypatch.setattr(load_cuda, "merged", unmerged)
+    shutil.rmtree(tmp_path / "model")
+    with pytest.raises(NotVerified, match="others in 8 tensors"):  # four in each of two layers
+        load_cuda.verify(options)
+
+
 @pytest.mark.gpu
-def test_the_addition_on_a_gpu():
-    done = python("run", "kernels-cuda", "--quick", "--json")
+@pytest.mark.parametrize(
+    ("name", "providers"),
+    [
+        ("kernels-cuda", {"copy", "fused_add"}),
+        ("plan-cuda", {"authors' algorithm", "cold", "cached"}),
+        ("load-cuda", {"safetensors", "enchtable bf16", "enchtable int8"}),
+    ],
+)
+def test_what_is_measured_on_a_gpu(name, providers):
+    done = python("run", name, "--quick", "--json")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert {one["provider"] for one in json.loads(done.stdout)} >= {"copy", "fused_add"}
+    assert {one["provider"] for one in json.loads(done.stdout)} >= providers
