@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -15,10 +16,11 @@ from typer.testing import CliRunner
 
 from enchtable_vllm import cli
 from enchtable_vllm.checkpoint import locate
-from enchtable_vllm.doctor.child import run_steps
+from enchtable_vllm.doctor import environment
+from enchtable_vllm.doctor.child import Step, run_steps
 from enchtable_vllm.doctor.dry_run import Question, dry_run
 from enchtable_vllm.doctor.folders import check_cache, check_vector_root
-from enchtable_vllm.serving.versions import lower_bound
+from enchtable_vllm.serving.versions import lower_bound, swapping_bound
 from enchtable_vllm.vector import build_vector
 
 ROOT = Path(__file__).parent.parent
@@ -70,8 +72,8 @@ def test_a_healthy_environment_root_and_model(family, tmp_path):
     shutil.copytree(family.vector, root / "sv")
     found = doctor("--vector-root", root, "--model", family.task, code=0)
     assert {name: finding["status"] for name, finding in found.items()} == dict.fromkeys(
-        ["environment variables", "torch", "vLLM", "vLLM version", "plugin", "fused addition",
-         "cache", f"vector root '{root}'", "vector 'sv'", "model", "dry run"],
+        ["environment variables", "torch", "vLLM", "vLLM version", "plugin", "swapping",
+         "fused addition", "cache", f"vector root '{root}'", "vector 'sv'", "model", "dry run"],
         "ok",
     )  # fmt: skip
     assert found["vLLM version"]["found"].endswith("tested")
@@ -109,7 +111,12 @@ torch.library.register_fake("torchvision::nms")(lambda *tensors: None)
 
 
 def test_a_torchvision_that_does_not_import_is_named_as_the_root_cause(tmp_path):
-    files = [("torchvision/__init__.py", TORCHVISION)]
+    """And so is each of the packages that are built for a device."""
+    files = [
+        ("torchvision/__init__.py", TORCHVISION),
+        ("torchaudio/__init__.py", "__version__ = '9'"),
+        ("torchcodec/__init__.py", "raise OSError('libavutil.so.60: cannot open shared object')"),
+    ]
     shim = distribution(tmp_path / "shim", "torchvision", files)
     found = doctor(code=1, PYTHONPATH=on_path(shim))
     broken = found["torchvision"]
@@ -120,6 +127,60 @@ def test_a_torchvision_that_does_not_import_is_named_as_the_root_cause(tmp_path)
         found["plugin"]["cause"] == broken["cause"]
     )  # under what vLLM and transformers wrap it in
     assert found["torch"]["status"] == "ok"
+    assert (found["torchaudio"]["status"], found["torchaudio"]["found"]) == ("ok", "9, imports")
+    assert found["torchcodec"]["status"] == "fail"
+    assert found["torchcodec"]["cause"].startswith("OSError: libavutil.so.60")
+    assert "pip uninstall torchcodec" in found["torchcodec"]["cure"]
+
+
+#: An addition that does nothing, in front of the reference that it is held to.
+KERNELS = """
+__path__ = [*__path__, {real!r}]
+def fused_add(stored, delta, coefficients):
+    return stored.clone(), None
+"""
+
+
+def test_a_fused_addition_of_other_bits_fails(tmp_path, monkeypatch):
+    real = str(ROOT / "kernels" / "enchtable_kernels")
+    files = [
+        ("enchtable_kernels/__init__.py", KERNELS.format(real=real)),
+        ("triton/__init__.py", "raise ImportError('no driver')"),
+    ]
+    monkeypatch.setenv("PYTHONPATH", str(distribution(tmp_path, "shim", files)))
+    found = run_steps(["torch", "triton", "fused_add"])
+    finding = environment._triton(found)
+    assert finding.status == "fail"
+    assert finding.found == "fails on this CPU (no usable Triton)"
+    assert re.fullmatch(
+        r"RuntimeError: \d+ of 1000 elements differ from the reference", finding.cause
+    )
+    assert "'enchtable merge' on a CPU" in finding.cure
+
+
+@pytest.mark.parametrize(
+    ("triton", "add", "found", "cause"),
+    [
+        (Step(error="no driver"), Step(), "no usable Triton, which a GPU needs", "no driver"),
+        (Step({"version": "9"}), Step(error="no PTX"), "fails on this GPU (Triton 9)", "no PTX"),
+    ],
+)
+def test_a_gpu_without_a_usable_triton_fails(triton, add, found, cause):
+    steps = {"torch": Step({"cuda": True}), "triton": triton, "fused_add": add}
+    finding = environment._triton(steps)
+    assert (finding.status, finding.found, finding.cause) == ("fail", found, cause)
+    assert finding.cure
+
+
+def test_what_a_vllm_lacks_for_swapping_is_named():
+    lacks = {"lacks": ["vllm.endpoint_plugins", "update_weight_version"]}
+    finding = environment._swapping({"loader": Step(), "swapping": Step(lacks)})
+    assert finding.status == "warn"  # it serves all the same
+    assert finding.cause == "this vLLM lacks vllm.endpoint_plugins, update_weight_version"
+    assert f"vLLM to {swapping_bound()} or newer" in finding.cure
+    failed = environment._swapping({"loader": Step(), "swapping": Step(error="gone")})
+    assert (failed.status, failed.cause) == ("warn", "gone")
+    assert environment._swapping({"loader": Step(error="x")}).status == "skip"
 
 
 def test_a_stale_entry_point_is_named_with_the_import_that_fails(tmp_path):
@@ -165,7 +226,7 @@ def test_neither_torch_nor_vllm(without_torch, family, tmp_path):
     found = doctor("--vector-root", root, "--model", family.task, code=1, **environment)
     assert found["torch"]["found"] == found["vLLM"]["found"] == "not installed"
     assert found["vLLM"]["status"] == "fail"
-    for name in ("plugin", "fused addition", "vector 'sv'", "dry run"):
+    for name in ("plugin", "swapping", "fused addition", "vector 'sv'", "dry run"):
         assert found[name]["status"] == "skip", name
     _, error = command("plan", code=1, **environment)
     assert error.startswith("ConfigError: 'enchtable plan': expected torch in this environment")
@@ -214,6 +275,21 @@ def test_a_root_that_everybody_can_write_to(family, tmp_path):
         assert finding.cause == f"the first: '{path}'"
         assert f"chmod -R o-w '{root}'" in finding.cure
         path.chmod(before)
+
+
+def test_a_root_that_a_group_can_write_to(family, tmp_path):
+    """Healthy: a group may be the server's own. But it is said."""
+    root = tmp_path / "root"
+    shutil.copytree(family.vector, root / "sv")
+    manifest = root / "sv" / "safety_vector.json"
+    manifest.chmod(manifest.stat().st_mode | stat.S_IWGRP)
+    finding = check_vector_root(root)[0]
+    assert finding.status == "warn"
+    assert finding.found.startswith("1 path(s)")
+    assert finding.cause == f"the first: '{manifest}', group {manifest.stat().st_gid}"
+    assert f"chmod -R g-w '{root}'" in finding.cure
+    manifest.chmod(manifest.stat().st_mode | stat.S_IWOTH)
+    assert check_vector_root(root)[0].status == "fail"
 
 
 def test_a_root_with_damaged_vectors(family, tmp_path):

@@ -1,8 +1,11 @@
 """What follows from the table of tested versions: the bound, the refusal, no upper pin."""
 
 import json
+import subprocess
+import sys
 
 import pytest
+from vllm_runs import environment
 
 from enchtable_vllm.errors import ConfigError
 from enchtable_vllm.serving import versions
@@ -45,6 +48,38 @@ def test_swapping_has_a_bound_of_its_own(table):
     table("0.24.0 passed endpoint_plugins", "0.26.0 passed", "0.28.0 passed")
     assert str(versions.lower_bound()) == "0.24.0"
     assert str(versions.swapping_bound()) == "0.26.0"
+
+
+#: The loader, made without a root, with one, and again as a reload does; this vLLM, as if swapping
+#: also needed what an older one lacks.
+OLDER = """
+from enchtable_vllm.serving import compat
+compat._FOR_SWAPPING |= {
+    "a module": ("vllm.gone", "x", None),
+    "a function": ("vllm.plugins", "gone", None),
+    "a parameter": ("vllm.plugins", "load_general_plugins", "gone"),
+}
+from enchtable_vllm.serving.loader import EnchTableModelLoader
+for extra in ({}, {"vector_root": "/vectors"}, {"vector_root": "/vectors"}):
+    print("root" if extra else "no root", flush=True)
+    keys = {"load_format": "enchtable", "model_loader_extra_config": extra}
+    EnchTableModelLoader(compat.LoadConfig(**keys))
+"""
+
+
+def test_what_swapping_lacks_is_said_by_name_where_a_root_asks_for_it():
+    done = subprocess.run(
+        [sys.executable, "-c", OLDER],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=True,
+        env=environment(VLLM_LOGGING_LEVEL="WARNING"),
+    )
+    before, said = done.stdout.split("\nroot\n", 1)
+    assert "lacks" not in before
+    assert said.count("its vLLM lacks a module, a function, a parameter;") == 1
+    assert f"from vLLM {versions.swapping_bound()} on" in said
 
 
 @pytest.mark.parametrize(

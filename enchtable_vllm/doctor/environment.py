@@ -24,7 +24,7 @@ def check_environment() -> list[Finding]:
     beside = run_steps(["torch", *present]) if present else {}
     has_torch = importlib.util.find_spec("torch") is not None
     has_vllm = importlib.util.find_spec("vllm") is not None
-    steps = ["torch"] * has_torch + ["vllm", "entry_point", "loader"] * has_vllm
+    steps = ["torch"] * has_torch + ["vllm", "entry_point", "loader", "swapping"] * has_vllm
     steps += ["triton", "fused_add"] * has_torch
     found = run_steps(steps) if steps else {}
     return [
@@ -33,6 +33,7 @@ def check_environment() -> list[Finding]:
         *(_breaking(name, beside[name]) for name in present),
         *_vllm(found.get("vllm")),
         _plugin(found),
+        _swapping(found),
         _triton(found),
     ]
 
@@ -151,6 +152,25 @@ def _plugin(found: Mapping[str, Step]) -> Finding:
         return Finding(name, "fail", what, cause, "Add 'enchtable' to it, or unset it.")
     cure = "Repair what it names; then run this again."
     return Finding(name, "fail", what, loader.error, cure)
+
+
+def _swapping(found: Mapping[str, Step]) -> Finding:
+    name, loader = "swapping", found.get("loader")
+    if loader is None or loader.error:
+        return Finding(name, "skip", "no loader to swap in")
+    step = found["swapping"]
+    if step.error:
+        what = "what it needs of vLLM cannot be looked for"
+        return Finding(name, "warn", what, step.error, "Loading works without; report it.")
+    if lacks := step.value["lacks"]:
+        return Finding(
+            name,
+            "warn",
+            "vectors cannot be exchanged while a server runs; loading works",
+            f"this vLLM lacks {', '.join(lacks)}",
+            f"Upgrade vLLM to {versions.swapping_bound()} or newer, or restart to change vectors.",
+        )
+    return Finding(name, "ok", "this vLLM has all that exchanging vectors needs")
 
 
 def _triton(found: Mapping[str, Step]) -> Finding:

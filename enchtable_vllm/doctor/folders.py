@@ -43,7 +43,7 @@ def check_vector_root(root: Path) -> list[Finding]:
         cure = "Check the path and its permissions."
         return [Finding(name, "fail", "not a readable folder", f"{error}", cure)]
     findings = []
-    if open_to_all := _writable_by_all(root):
+    if open_to_all := _writable(root, stat.S_IWOTH):
         findings.append(
             Finding(
                 name,
@@ -51,6 +51,17 @@ def check_vector_root(root: Path) -> list[Finding]:
                 f"{len(open_to_all)} path(s) that every user of this machine can write to",
                 f"the first: '{open_to_all[0]}'",
                 f"Whoever writes there chooses what is served: chmod -R o-w '{root}'.",
+            )
+        )
+    elif open_to_group := _writable(root, stat.S_IWGRP):
+        findings.append(
+            Finding(
+                name,
+                "warn",
+                f"{len(open_to_group)} path(s) that a whole group can write to",
+                f"the first: '{open_to_group[0]}', group {open_to_group[0].stat().st_gid}",
+                "Whoever is in it chooses what is served. Where that is more than this server and "
+                f"who looks after it: chmod -R g-w '{root}'.",
             )
         )
     opened = [_check_vector(folder) for folder in folders]
@@ -83,11 +94,12 @@ def _check_vector(folder: Path) -> Finding:
     )
 
 
-def _writable_by_all(root: Path) -> list[Path]:
+def _writable(root: Path, by: int) -> list[Path]:
+    """The paths whose mode has a bit, the root itself among them."""
     found = []
     for folder, _, files in os.walk(root):
         for path in (Path(folder), *(Path(folder, file) for file in sorted(files))):
             # A link's own permissions mean nothing; what it leads to is what counts.
-            if path.exists() and path.stat().st_mode & stat.S_IWOTH:
+            if path.exists() and path.stat().st_mode & by:
                 found.append(path)
     return found

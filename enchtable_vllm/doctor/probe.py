@@ -43,6 +43,12 @@ def loader() -> dict[str, Any]:
     return {"loader": compat.loader_by_plugins("enchtable")}
 
 
+def swapping() -> dict[str, Any]:
+    """What exchanging vectors in a running server needs, and this vLLM lacks, by name."""
+    compat = importlib.import_module("enchtable_vllm.serving.compat")
+    return {"lacks": compat.missing_for_swapping()}
+
+
 def triton() -> dict[str, Any]:
     """Triton itself."""
     return {"version": importlib.import_module("triton").__version__}
@@ -75,7 +81,7 @@ def _importing(name: str) -> Callable[[], dict[str, Any]]:
 
 
 STEPS: dict[str, Callable[[], dict[str, Any]]] = {
-    step.__name__: step for step in (torch, vllm, entry_point, loader, triton, fused_add)
+    step.__name__: step for step in (torch, vllm, entry_point, loader, swapping, triton, fused_add)
 }
 STEPS |= {name: _importing(name) for name in ("torchvision", "torchaudio", "torchcodec")}
 

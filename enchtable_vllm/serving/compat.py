@@ -14,6 +14,7 @@ Which versions were tested: `versions`, and docs/versions.md. Public extension p
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import inspect
@@ -209,7 +210,9 @@ def missing_for_swapping() -> list[str]:
     """What of `_FOR_SWAPPING` this vLLM lacks, by name. Imports the engine: seconds."""
     missing = []
     for name, (module, path, parameter) in _FOR_SWAPPING.items():
-        found: Any = import_module(module)
+        found: Any = None
+        with contextlib.suppress(ModuleNotFoundError):
+            found = import_module(module)
         for part in path.split("."):
             found = getattr(found, part, None)
         if found is None or (parameter and parameter not in inspect.signature(found).parameters):

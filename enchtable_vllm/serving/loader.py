@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from enchtable_vllm.errors import EnchTableError, IncompleteMergeError, MismatchError
 from enchtable_vllm.merge import MergeStream, under_both_names
-from enchtable_vllm.serving import compat, compat_swap, last_word, records
+from enchtable_vllm.serving import compat, compat_swap, last_word, records, versions
 from enchtable_vllm.serving.choice import Choice, choose_at_start
 from enchtable_vllm.serving.config import LoaderConfig
 from enchtable_vllm.serving.merging import Merging
@@ -66,6 +66,8 @@ class EnchTableModelLoader(compat.BaseModelLoader):  # type: ignore[misc]  # vll
         self._inner = compat.inner_loader(
             load_config, self.config.inner_load_format, self.config.inner_extra_config
         )
+        if self.config.vector_root is not None:
+            _say_what_swapping_lacks()
         self._draft = False
         self._found: _Found | None = None
         self._merging: Merging | None = None
@@ -293,6 +295,17 @@ class _Found:
                 got="; ".join(f"rank {i}: {found}" for i, found in enumerate(all_of_them)),
                 fix="Give every machine the same files, and start again.",
             )
+
+
+@functools.cache  # a reload makes a new loader
+def _say_what_swapping_lacks() -> None:
+    if lacks := compat.missing_for_swapping():
+        _log.warning(
+            "vectors of the 'vector_root' cannot be exchanged while this server runs: its vLLM "
+            "lacks %s; from vLLM %s on nothing is lacking",
+            ", ".join(lacks),
+            versions.swapping_bound(),
+        )
 
 
 def _device_of(model: torch.nn.Module) -> torch.device:
