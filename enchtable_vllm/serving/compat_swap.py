@@ -21,7 +21,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from typing import Any
 
@@ -30,6 +30,8 @@ from vllm.distributed import parallel_state
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.v1.worker.worker_base import WorkerBase
 
+from enchtable_vllm.vector.scope import in_scope
+
 __all__ = [
     "EngineGoneError",
     "Engines",
@@ -37,8 +39,8 @@ __all__ = [
     "engines_of",
     "gather",
     "has_meta_tensors",
-    "is_packed_by",
     "model_of",
+    "not_given_back",
     "note_versions",
     "quantization_of",
     "rank_of",
@@ -100,13 +102,17 @@ def task_model_of(worker: Any) -> tuple[str, str | None]:
     return config.model, config.revision
 
 
-def is_packed_by(model: torch.nn.Module, name: str) -> bool:
-    """Whether a checkpoint's tensor of this name is an expert that the CPU build packs.
+def not_given_back(model: torch.nn.Module, names: Sequence[str]) -> list[str]:
+    """The checkpoint's tensors that a reload would lose: experts, on the CPU.
 
-    It packs them once, and a reload does not give them back: vLLM 0.32 by its own.
+    VLLM 0.32 packs them there once, and a reload does not give them back. Checkpoints name and
+    stack experts in ways of their own, so where the served model has any, whatever is not
+    attention's counts as theirs.
     """
     on_cpu = all(p.device.type == "cpu" for p in model.parameters())
-    return on_cpu and ".experts." in f".{name}."
+    if not on_cpu or not any("experts" in name.split(".") for name, _ in model.named_modules()):
+        return []
+    return [name for name in names if not in_scope(name, "attention")]
 
 
 def served_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

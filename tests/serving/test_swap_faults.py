@@ -15,6 +15,8 @@ import pytest
 from prometheus import lint, ours, samples
 
 TWO = ("--enforce-eager", "-tp", "2")
+#: How long a swap may be silent here: seconds.
+LEASE = 5
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +34,7 @@ def server(root, fault, tmp_path_factory):
     variables = {
         "PYTHONPATH": str(live.FAULTS),
         "ENCHTABLE_TEST_FAULT": str(fault),
+        "ENCHTABLE_TEST_LEASE": str(LEASE),
         "VLLM_CPU_OMP_THREADS_BIND": "0|1",
     }
     log = tmp_path_factory.mktemp("log") / "log"
@@ -58,6 +61,7 @@ UNDONE = {
     "a rank holds other bytes than it was told to": {"command": "commit", "do": "lie"},
     "a rank fails to publish": {"command": "publish", "do": "raise"},
     "an exception that nobody foresaw": {"command": "commit", "do": "throw"},
+    "another one, while it publishes": {"command": "publish", "do": "throw"},
 }
 
 
@@ -74,6 +78,7 @@ def test_a_failure_on_one_rank_is_undone_on_all(server, fault, before, name, ran
     assert (status["active"]["safety_vector"], status["epoch"]) == ("sv-a", epoch)
     assert status["swaps"][0]["outcome"] == "undone"
     assert (server.weights(), server.tokens()) == before
+    assert server.complete().headers["X-Enchtable-Version"] == status["weight_version"]
     fault.unlink()
     server.swapped("sv-b")  # and the next one works
     assert server.weights() != before[0]
@@ -91,6 +96,92 @@ def test_a_rank_that_cannot_stage_is_known_before_anything_is_touched(
     fault.unlink()
     assert (server.weights(), server.tokens()) == before
     server.swapped("sv-b")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_that_stage_different_things_are_refused(server, fault, before, rank):
+    plant(fault, rank=rank, command="poll", do="lie")
+    answered, document = server.swap("sv-b")
+    assert (answered, document["error"]["kind"]) == (422, "MismatchError"), document
+    fault.unlink()
+    assert (server.weights(), server.tokens()) == before
+
+
+@pytest.mark.usefixtures("before")
+def test_ranks_that_serve_different_things_are_not_ready(server, fault):
+    plant(fault, rank=1, command="status", do="lie")
+    status = server.status()
+    assert (status["disagreeing"], status["ready"]) == (1, False)
+    assert "1 of 2 ranks" in status["reason"]
+    assert samples(ours(server.http.get("/metrics").text))["enchtable_ranks_disagreeing"] == 1
+    fault.unlink()
+    assert server.status()["disagreeing"] == 0
+
+
+def test_a_pause_that_fails_changes_nothing(server, fault, before):
+    plant(fault, command="pause", do="raise")
+    answered, document = server.swap("sv-b")
+    assert (answered, document["error"]["code"]) == (422, "refused"), document
+    assert server.get("/enchtable/ready")[0] == 200
+    assert (server.weights(), server.tokens()) == before
+    fault.unlink()
+    server.swapped("sv-b")
+
+
+@pytest.mark.usefixtures("before")
+def test_a_swap_that_is_long_in_pausing_keeps_its_lock(server, fault):
+    """As one does that waits for running requests."""
+    plant(fault, command="pause", do="sleep", seconds=2 * LEASE)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(server.swap, "sv-b", pause="wait")
+        time.sleep(1.5 * LEASE)
+        refused, error = server.swap("sv-ffn")
+        answered, document = first.result()
+    assert refused == 409, (error, document)
+    assert error["error"]["code"] == "swap_in_progress"
+    assert (answered, document.get("outcome")) == (200, "swapped"), document
+    assert document["pausing_seconds"] > 2 * LEASE
+    assert server.status()["active"]["safety_vector"] == "sv-b"
+
+
+@pytest.mark.parametrize("commits", [True, False])
+def test_where_generation_cannot_be_resumed_it_is_said_until_it_can(server, fault, before, commits):
+    plant(fault, rank=1, command="resume" if commits else "resume|commit", do="raise")
+    answered, document = server.swap("sv-b")
+    assert (answered, document["error"]["code"]) == (503, "failed"), document
+    answered, ready = server.get("/enchtable/ready")
+    assert (answered, ready["ready"]) == (503, False)
+    assert "paused" in ready["reason"]
+    fault.unlink()
+    assert server.swap("sv-a")[0] == 200  # begins by bringing the other to its end
+    assert server.get("/enchtable/ready")[0] == 200
+    assert (server.weights(), server.tokens()) == before
+
+
+def test_a_rank_that_cannot_finish_does_not_keep_its_lock_for_ever(server, fault, before):
+    plant(fault, rank=1, command="finish", do="throw")
+    server.swapped("sv-b")
+    answered, document = server.swap("sv-a")
+    assert (answered, document["error"]["code"]) == (409, "swap_in_progress")
+    fault.unlink()
+    time.sleep(1.5 * LEASE)
+    server.swapped("sv-a")
+    assert (server.weights(), server.tokens()) == before
+
+
+def test_a_client_that_goes_away_while_a_rank_commits_changes_nothing(server, fault, before):
+    plant(fault, rank=1, command="commit", do="sleep", seconds=2)
+    body = {"safety_vector": "sv-b"}
+    with pytest.raises(httpx.ReadTimeout):
+        server.http.post("/v1/enchtable/swap", json=body, headers=live.ADMIN, timeout=1)
+    deadline = time.monotonic() + 30
+    while (status := server.status())["state"] == "swapping":
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert (status["active"]["safety_vector"], status["ready"]) == ("sv-b", True)
+    fault.unlink()
+    server.swapped("sv-a")
+    assert (server.weights(), server.tokens()) == before
 
 
 def test_what_cannot_be_persisted_is_undone(server, root, before):

@@ -27,6 +27,7 @@ CODES = {
         409, "nothing was swapped since the start, or all of it was rolled back"
     ),
     "paused_by_another": Code(409, "generation was paused already, and not by a swap"),
+    "lost_lock": Code(409, "silent for so long that another swap took its lock; nothing was done"),
     "invalid_request": Code(422, "a key, a type or a range"),
     "no_plan": Code(422, "no plan for this task model; `fix` is the command"),
     "not_swappable": Code(422, "this server's model cannot be swapped; the reason says why"),

@@ -54,7 +54,8 @@ class _Swap:
         back_to: For a rollback: what it goes back to.
         staged: When that is done.
         error: When that failed.
-        touched: Whether the weights have been.
+        touched: Whether the weights have been, or generation stays paused.
+        given_up: Whether its owner has, and leaves it to the next swap.
         unpublished: What `Rank.publish` replaced: active vector, epoch, history.
     """
 
@@ -67,6 +68,7 @@ class _Swap:
     staged: Staged | None = None
     error: dict[str, Any] | None = None
     touched: bool = False
+    given_up: bool = False
     unpublished: tuple[Active, int, list[Any]] | None = None
 
 
@@ -94,8 +96,8 @@ class Rank:
         owner = arguments.pop("owner")
         if self._swap is None or self._swap.owner != owner:
             return _no("lost_lock", "this swap does not hold the lock of this rank any more")
-        self._swap.heard = time.monotonic()
         commands: dict[str, Callable[..., Answer]] = {
+            "keep": self.keep,
             "stage": self.stage,
             "poll": self.poll,
             "commit": self.commit,
@@ -104,7 +106,12 @@ class Rank:
             "give_up": self.give_up,
             "finish": self.finish,
         }
-        return commands[command](self._swap, **arguments)
+        swap = self._swap
+        swap.heard = time.monotonic()
+        try:
+            return commands[command](swap, **arguments)
+        finally:
+            swap.heard = time.monotonic()  # what takes long takes nothing from the lease
 
     def status(self, detail: bool = False) -> Answer:
         """What this rank serves, and whether it can be trusted."""
@@ -135,8 +142,8 @@ class Rank:
     def begin(self, owner: str, expected_epoch: int | None = None) -> Answer:
         """Take the lock, unless somebody holds it who is still there."""
         held = self._swap
-        if held is not None:
-            if time.monotonic() - held.heard < LEASE_SECONDS:
+        if held is not None and held.owner != owner:
+            if not held.given_up and time.monotonic() - held.heard < LEASE_SECONDS:
                 return _no("swap_in_progress", "another swap holds the lock", "Try again later.")
             if held.touched:
                 return {**_no("interrupted", "a swap was cut off half-way"), "owner": held.owner}
@@ -144,6 +151,10 @@ class Rank:
         if expected_epoch is not None and expected_epoch != self._room.epoch:
             return _no("wrong_epoch", f"the server is at epoch {self._room.epoch}")
         self._swap = _Swap(owner, time.monotonic())
+        return {"ok": True}
+
+    def keep(self, _: _Swap) -> Answer:
+        """Keep the lock; all commands do."""
         return {"ok": True}
 
     def stage(
@@ -239,9 +250,9 @@ class Rank:
         return answer
 
     def give_up(self, swap: _Swap, reason: str) -> Answer:
-        """Going back failed. What is staged stays, so that it can be tried again at once."""
+        """Generation stays paused. What is staged stays, so that the next swap can go back."""
         self._room.broken = reason
-        swap.heard = -LEASE_SECONDS
+        swap.touched = swap.given_up = True
         return {"ok": True}
 
     def finish(self, swap: _Swap, record: dict[str, Any] | None) -> Answer:
@@ -345,11 +356,11 @@ class Rank:
         return None if choice.config is None else prepare(choice.config, task, device="cpu")
 
     def _refuse_packed(self, model: torch.nn.Module, names: list[str]) -> None:
-        packed = [name for name in names if compat_swap.is_packed_by(model, name)]
+        packed = compat_swap.not_given_back(model, names)
         if packed:
             raise NotSwappableError(
                 f"tensor '{packed[0]}'",
-                expected="weights that vLLM can reload",
+                expected="weights that vLLM can reload; where there are experts, attention's",
                 got="experts, which vLLM's CPU build packs and does not give back",
                 fix="Use a vector of scope 'attention', a GPU, or a restart.",
             )

@@ -94,16 +94,18 @@ class SwapService:
             SwapError: The ranks do not answer.
         """
         try:
-            answers = await asyncio.wait_for(
-                self._engines.call(WORKER_METHOD, "status", {"detail": True}), _ANSWER_SECONDS
-            )
+            async with asyncio.timeout(_ANSWER_SECONDS):
+                answers = await self._ask_status()
+                paused = await self._engines.is_paused()
+                if paused:  # by a swap that began meanwhile?
+                    answers = await self._ask_status()
         except TimeoutError as error:
             raise SwapError(
                 "not_ready",
                 f"engine: expected an answer in {_ANSWER_SECONDS:g} s, got none",
                 "It is busy or stuck: ask again, and restart it if that lasts.",
             ) from error
-        status = self._combined(answers)
+        status = self._combined(answers, paused)
         self._version = status["weight_version"]
         self._observer.serving(status)
         for engine in status["engines"]:
@@ -158,6 +160,8 @@ class SwapService:
                     answer = await transaction.run()
                 finally:
                     found |= transaction.record.to_json()
+                    if transaction.record.source:  # it had the lock
+                        await self._refresh()
         except SwapError as error:
             self._tell(error, transaction)
             raise
@@ -180,7 +184,6 @@ class SwapService:
             answer["staging_seconds"],
             answer["paused_seconds"],
         )
-        await self._refresh()
         return answer
 
     def _tell(self, error: SwapError, transaction: Transaction) -> None:
@@ -231,7 +234,10 @@ class SwapService:
             return None
         return current.model_dump(include={"safety_vector", "beta", "version"})
 
-    def _combined(self, answers: list[list[dict[str, Any]]]) -> dict[str, Any]:
+    async def _ask_status(self) -> list[list[dict[str, Any]]]:
+        return await self._engines.call(WORKER_METHOD, "status", {"detail": True})
+
+    def _combined(self, answers: list[list[dict[str, Any]]], paused: bool) -> dict[str, Any]:
         ranks = [rank for engine in answers for rank in engine]
         for rank in ranks:
             if not rank["ok"]:
@@ -243,10 +249,13 @@ class SwapService:
         reason = broken
         if disagreeing:
             reason = f"{disagreeing} of {len(ranks)} ranks serve another vector"
+        swapping = any(rank["swapping"] for rank in ranks)
+        if paused and not swapping and reason is None:
+            reason = "generation is paused, and by no swap: whatever paused it must resume it"
         desired = self._desired()
         active = first["active"]
         return {
-            "state": "failed" if broken else "swapping" if first["swapping"] else "serving",
+            "state": "failed" if broken else "swapping" if swapping else "serving",
             "ready": reason is None,
             "reason": reason,
             "weight_version": first["weight_version"],

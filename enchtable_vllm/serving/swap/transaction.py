@@ -11,16 +11,16 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from typing import Any
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from typing import Any, NoReturn
 
 from enchtable_vllm.plan.vector_root import VectorRoot
 from enchtable_vllm.serving import compat, compat_swap
 from enchtable_vllm.serving.swap.errors import SwapError
 from enchtable_vllm.serving.swap.persist import Persistence
-from enchtable_vllm.serving.swap.rank import WORKER_METHOD
+from enchtable_vllm.serving.swap.rank import LEASE_SECONDS, WORKER_METHOD
+from enchtable_vllm.serving.swap.record import Record
 from enchtable_vllm.serving.swap.request import RollbackRequest, SwapRequest
 
 _log = compat.logger("swap")
@@ -28,36 +28,12 @@ _log = compat.logger("swap")
 _POLL_SECONDS = 0.05
 #: A pause that takes longer than this is given up: ``wait`` waits for every running request.
 _PAUSE_SECONDS = 600.0
+#: How often the ranks hear of a swap that has nothing else to tell them.
+_KEEP_SECONDS = LEASE_SECONDS / 6
+#: How often a rank is asked to release its lock.
+_FINISH_TRIES = 3
 
 Answers = list[list[dict[str, Any]]]
-
-
-@dataclass
-class Record:
-    """What is told of a swap; see ``swaps`` in docs/http-api.md.
-
-    ``pausing_seconds`` is from asking for the pause until no engine computes any more: a step of
-    the model where requests are kept, as long as they take where they are waited for.
-    ``paused_seconds`` is from then until generation goes on.
-    """
-
-    source: str
-    target: str
-    began: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="milliseconds"))
-    outcome: str = "refused"
-    phase: str = "stage"
-    staging_seconds: float = 0.0
-    pausing_seconds: float = 0.0
-    paused_seconds: float = 0.0
-    swap_seconds: float = 0.0
-    staged_bytes: int = 0
-    reason: str | None = None
-    code: str | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """With the names of the interface."""
-        found = dict(vars(self))
-        return {"from": found.pop("source"), "to": found.pop("target"), **found}
 
 
 class Transaction:
@@ -100,7 +76,8 @@ class Transaction:
         await self._begin()
         answer: dict[str, Any] | None = None
         try:
-            answer = await self._run_locked()
+            async with self._lock_kept():
+                answer = await self._run_locked()
             return answer
         except SwapError as error:
             self.record.code, self.record.reason = error.code, str(error)
@@ -113,6 +90,22 @@ class Transaction:
             if answer is not None:
                 answer["swap_seconds"] = self.record.swap_seconds
             await self._finish(answer)
+
+    @asynccontextmanager
+    async def _lock_kept(self) -> AsyncIterator[None]:
+        """Let no rank believe that this swap is gone, however long a pause or a write takes."""
+
+        async def keep() -> None:
+            while True:
+                await asyncio.sleep(_KEEP_SECONDS)
+                with suppress(Exception):  # what is wrong shows where something is asked for
+                    await self._call("keep")
+
+        keeping = asyncio.create_task(keep())
+        try:
+            yield
+        finally:
+            keeping.cancel()
 
     async def _begin(self) -> None:
         self._persistence.refuse_unwritable()
@@ -144,9 +137,12 @@ class Transaction:
         _log.warning("a swap was cut off half-way: every rank goes back first")
         mine, self._owner = self._owner, owner
         try:
-            polled = _flat(await self._call("poll"))
-            if not all(rank["published"] for rank in polled):  # else it was done but for its end
-                self._check_put_in(await self._call("restore"), polled[0]["old_digest"])
+            polled = [rank for rank in _flat(await self._call("poll")) if not _lost_lock(rank)]
+            # Else it was done, but for its end.
+            if not all(rank.get("published") for rank in polled):
+                restored = _flat(await self._call("restore"))
+                held = [rank for rank in restored if not _lost_lock(rank)]
+                _check_put_in(held, polled[0].get("old_digest"))
             status = await first_status(self._engines)
             await self._engines.set_version(status["weight_version"])
             await self._engines.resume()
@@ -188,12 +184,23 @@ class Transaction:
         paused_at = await self._pause()
         try:
             self._enter("commit")
-            self._check_put_in(await self._call("commit"), polled["new_digest"])
+            committed = _flat(await self._call("commit"))
+            if all(map(_lost_lock, committed)):
+                raise _LockLost
+            _check_put_in(committed, polled["new_digest"])
             self._enter("publish")
             result["persisted"] = await self._persist()
             await self._engines.set_version(polled["weight_version"])
             persisted = self._persistence.overwritten if self._swap else None
             _refuse(await self._call("publish", persisted_before=persisted))
+        except _LockLost as error:
+            await self._resume(paused_at)
+            raise SwapError(
+                "lost_lock",
+                "this swap: expected to be heard of, got no sign of life for so long that its "
+                "lock was given to another",
+                "Nothing was put in. Look for what kept the API server busy, and try again.",
+            ) from error
         except Exception as failure:
             await self._undo(failure, polled["old_digest"], paused_at)
         await self._resume(paused_at)
@@ -253,11 +260,12 @@ class Transaction:
                 "generation: expected it to be running, got one that is paused already",
                 "Nothing was changed. Resume it first, by whatever paused it.",
             )
+        _refuse(await self._call("keep"))
         asked_at = time.perf_counter()
         try:
             await asyncio.wait_for(self._engines.pause(self._request.pause), _PAUSE_SECONDS)
         except BaseException as error:
-            await self._engines.resume()
+            await self._resume(time.perf_counter())
             if not isinstance(error, TimeoutError):
                 raise
             raise SwapError(
@@ -275,18 +283,15 @@ class Transaction:
         """Every rank back to its old tensors; raises whatever comes of it."""
         _log.error("swap failed (%s); every rank goes back", failure)
         try:
-            self._check_put_in(await self._call("restore"), old_digest)
+            _check_put_in(_flat(await self._call("restore")), old_digest)
             await self._engines.set_version(self._before["weight_version"])
             await asyncio.to_thread(self._persistence.undo)
         except Exception as error:
-            self.record.outcome = "failed"
-            self.record.paused_seconds = time.perf_counter() - paused_at
-            reason = (
-                f"a rank failed to commit ({failure}), and going back failed too ({error}): "
-                "generation stays paused"
+            await self._give_up(
+                f"a rank failed to commit ({failure}), and going back failed too ({error})",
+                paused_at,
+                error,
             )
-            await self._call("give_up", reason=reason)
-            raise SwapError("failed", reason, "Restart this server, or swap again.") from error
         await self._resume(paused_at)
         self.record.outcome = "undone"
         raise SwapError(
@@ -296,17 +301,34 @@ class Transaction:
         )
 
     async def _resume(self, paused_at: float) -> None:
-        await self._engines.resume()
+        try:
+            await self._engines.resume()
+        except Exception as error:
+            await self._give_up(f"generation could not be resumed ({error})", paused_at, error)
         self.record.paused_seconds = time.perf_counter() - paused_at
+
+    async def _give_up(self, reason: str, paused_at: float, error: Exception) -> NoReturn:
+        """Leave generation paused, and say so: readiness is 503 until a swap brings it back."""
+        self.record.outcome = "failed"
+        self.record.paused_seconds = time.perf_counter() - paused_at
+        reason = f"{reason}: generation stays paused"
+        for number, rank in enumerate(_flat(await self._call("give_up", reason=reason))):
+            if not rank["ok"]:
+                _log.error("rank %d: %s", number, rank["error"]["message"])
+        raise SwapError("failed", reason, "Restart this server, or swap again.") from error
 
     async def _finish(self, answer: dict[str, Any] | None) -> None:
         """Release the lock, whatever happened; a failure that stays keeps it."""
         if self.record.outcome == "failed":
             return
         try:
-            answers = await self._call("finish", record=self.record.to_json())
-            if answer is not None:
-                answer["epoch"] = answers[0][0].get("epoch")
+            for _ in range(_FINISH_TRIES):
+                ranks = _flat(await self._call("finish", record=self.record.to_json()))
+                if answer is not None and ranks[0]["ok"]:
+                    answer["epoch"] = ranks[0]["epoch"]
+                if all(rank["ok"] or _lost_lock(rank) for rank in ranks):
+                    return
+            _log.error("a rank did not release its lock; the next swap after a while does it")
         except Exception:
             if not self._engines.dead:
                 raise
@@ -314,14 +336,6 @@ class Transaction:
 
     async def _call(self, command: str, **arguments: Any) -> Answers:
         return await self._engines.call(WORKER_METHOD, command, {"owner": self._owner, **arguments})
-
-    def _check_put_in(self, answers: Answers, digest: str) -> None:
-        """All ranks say that they hold these bytes, or the transaction has failed."""
-        for number, rank in enumerate(_flat(answers)):
-            if not rank["ok"]:
-                raise _CommitFailed(f"rank {number}: {rank['error']['message']}")
-            if rank["digest"] != digest:
-                raise _CommitFailed(f"rank {number}: expected {digest}, got {rank['digest']}")
 
     def _enter(self, phase: str) -> None:
         self.record.phase = phase
@@ -332,6 +346,10 @@ class _CommitFailed(Exception):
     """A rank does not hold what it was told to hold."""
 
 
+class _LockLost(Exception):
+    """No rank knows this swap any more, and none has put anything in."""
+
+
 async def first_status(engines: compat_swap.Engines) -> dict[str, Any]:
     """In detail, of the first rank of the first engine."""
     answers: Answers = await engines.call(WORKER_METHOD, "status", {"detail": True})
@@ -339,6 +357,20 @@ async def first_status(engines: compat_swap.Engines) -> dict[str, Any]:
     if not status["ok"]:
         raise SwapError.of(status)
     return status
+
+
+def _check_put_in(ranks: list[dict[str, Any]], digest: str | None) -> None:
+    """All ranks say that they hold these bytes, or the transaction has failed."""
+    for number, rank in enumerate(ranks):
+        if not rank["ok"]:
+            raise _CommitFailed(f"rank {number}: {rank['error']['message']}")
+        if rank["digest"] != digest:
+            raise _CommitFailed(f"rank {number}: expected {digest}, got {rank['digest']}")
+
+
+def _lost_lock(rank: dict[str, Any]) -> bool:
+    """Whether a rank does not know the swap, or has finished it."""
+    return not rank["ok"] and rank["code"] == "lost_lock"
 
 
 def _flat(answers: Answers) -> list[dict[str, Any]]:

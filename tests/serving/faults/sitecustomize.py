@@ -1,16 +1,20 @@
-"""Makes a rank of a real server misbehave, when a file says so.
+"""Makes a rank of a real server misbehave, or its engines, when a file says so.
 
 On the path of a server that a test starts, and of nothing else. ``ENCHTABLE_TEST_FAULT`` names the
 file: ``{"rank": 1, "command": "commit", "do": "break"}``; ``"engine"`` picks one of several.
 Without the file nothing happens.
 
 ``break``: the reload that the command makes fails after two tensors, layers taken apart.
-``lie``: the command answers with another digest. ``raise``: it fails before it does anything;
-``throw``: so does an exception that nobody foresaw.
+``lie``: the command answers with another digest, or identity.
+``raise``: it fails before it does anything; ``throw``: so does an exception that nobody foresaw.
 ``sleep``: it takes ``seconds`` longer; of ``stage``, in its thread. ``exit``: the process is gone.
 ``hold``, of ``poll``: it answers that nothing is staged yet, until the file is gone.
+
+``pause`` and ``resume`` are asked of the engines by an API server: ``raise``, ``sleep``.
+``ENCHTABLE_TEST_LEASE``: how many seconds a swap may be silent.
 """
 
+import asyncio
 import importlib.abc
 import importlib.machinery
 import json
@@ -22,14 +26,22 @@ from pathlib import Path
 MODULE = "enchtable_vllm.serving.swap.rank"
 
 
-def wanted(worker, command):
+LIE = {"digest": "blake3:0", "new_digest": "blake3:0", "identity": {"vector_digest": "blake3:0"}}
+
+
+def planted(command):
     try:
         fault = json.loads(Path(os.environ["ENCHTABLE_TEST_FAULT"]).read_text())
     except (OSError, ValueError):
         return {}
+    return fault if command in fault.get("command", "").split("|") else {}
+
+
+def wanted(worker, command):
+    fault = planted(command)
     engine = worker.vllm_config.parallel_config.data_parallel_index
     mine = fault.get("rank") in (None, worker.rank) and fault.get("engine") in (None, engine)
-    return fault if mine and command in fault.get("command", "").split("|") else {}
+    return fault if mine else {}
 
 
 def breaking(tensors):
@@ -45,6 +57,7 @@ def breaking(tensors):
 
 def install(module):
     Rank, swap = module.Rank, module.compat_swap
+    module.LEASE_SECONDS = float(os.environ.get("ENCHTABLE_TEST_LEASE", module.LEASE_SECONDS))
     answer, stage, reload = Rank.answer, Rank._stage, swap.reload
     breaks = []
 
@@ -65,7 +78,7 @@ def install(module):
             breaks.clear()
         if do == "hold":
             return {**found, "staged": False}
-        return {**found, "digest": "blake3:0"} if do == "lie" else found
+        return found | {k: LIE[k] for k in LIE if k in found} if do == "lie" else found
 
     def throwing(command, method):
         def faulty(self, *arguments, **options):
@@ -77,6 +90,20 @@ def install(module):
 
     for command in ("stage", "poll", "commit", "publish", "finish"):
         setattr(Rank, command, throwing(command, getattr(Rank, command)))
+
+    def faulty_call(command, method):
+        async def faulty(self, *arguments):
+            fault = planted(command)
+            if fault.get("do") == "raise":
+                raise RuntimeError(f"planted: no {command}")
+            if fault.get("do") == "sleep":
+                await asyncio.sleep(fault["seconds"])
+            return await method(self, *arguments)
+
+        return faulty
+
+    for command in ("pause", "resume"):
+        setattr(swap.Engines, command, faulty_call(command, getattr(swap.Engines, command)))
 
     def faulty_reload(worker, tensors):
         return reload(worker, breaking(tensors) if breaks else tensors)
