@@ -10,6 +10,7 @@ import models
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_cli import run
 from test_interference import KINDS, exact_low_rank, gaussian, low_rank
 
 from enchtable_vllm.checkpoint import Location, locate
@@ -50,6 +51,44 @@ def factorings(monkeypatch):
 
 def plan(family, **options):
     return models.plan_for(family.task, family.base, family.vector, **options).to_json()
+
+
+def test_the_commands_make_what_the_library_makes(family, factored, tmp_path):
+    """'vector build --factors', and 'vector factor' on a vector without."""
+    ends = ("--aligned", family.aligned, "--surrogate", family.surrogate)
+    built = json.loads(
+        run("vector", "build", *ends, "-o", tmp_path / "at build", "--factors", "--json")[0]
+    )
+    size = sum(t.nbytes for t in load_file(factored.vector / FILE).values())
+    assert built["factors"] == {"rank_fraction": 0.5, "bytes": size}
+    run("vector", "build", *ends, "-o", tmp_path / "later")
+    assert not (tmp_path / "later" / FILE).exists()
+    out, _ = run("vector", "factor", tmp_path / "later", "--jobs", "2")
+    assert f"for rank fraction 0.5 ({size:,} bytes)" in out
+    for folder in (tmp_path / "at build", tmp_path / "later"):
+        for name in (FILE, "safety_vector.json"):
+            assert (folder / name).read_bytes() == (factored.vector / name).read_bytes()
+        run("vector", "verify", folder)
+    flip(tmp_path / "later")
+    _, error = run("vector", "verify", tmp_path / "later", code=1)
+    assert "Make them again with 'enchtable vector factor'" in error
+
+
+def test_options_of_the_commands(family, tmp_path):
+    ends = ("--aligned", family.aligned, "--surrogate", family.surrogate)
+    quarter = ("--rank-fraction", "0.25")
+    run("vector", "build", *ends, "-o", tmp_path / "v", "--factors", *quarter)
+    assert SafetyVector.open(tmp_path / "v").manifest.factors.rank_fraction == 0.25
+    told = json.loads(
+        run("vector", "factor", tmp_path / "v", "--json", "--max-shard-gb", "0.0002")[0]
+    )
+    assert told["factors"]["rank_fraction"] == 0.5
+    assert len(list((tmp_path / "v").glob("*factors-0*"))) > 3
+    before = {path.name: path.read_bytes() for path in (tmp_path / "v").iterdir()}
+    _, error = run("vector", "factor", tmp_path / "v", "--rank-fraction", "nan", code=1)
+    assert error.strip().startswith("ConfigError: rank fraction: expected a number above 0")
+    run("vector", "factor", tmp_path / "nothing", code=2)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "v").iterdir()} == before
 
 
 @pytest.mark.parametrize("jobs", [1, 3])

@@ -338,8 +338,8 @@ for line in sys.stdin:
 
 
 def test_stopped_in_the_middle(family, tmp_path):
-    """Build, plan, merge; stopped, nothing is left but what a plan resumes from; killed, the
-    next run tidies up."""
+    """Build, plan, merge, factor; stopped, nothing is left but what a plan resumes from; killed,
+    the next run tidies up."""
     out = tmp_path / "out"
     out.mkdir()
     ends = ["--aligned", family.aligned, "--surrogate", family.surrogate]
@@ -348,7 +348,9 @@ def test_stopped_in_the_middle(family, tmp_path):
         ["vector", "build", *ends, "-o", out / "v"],
         ["plan", *names, "--base-model", family.base, "-o", out / "p.json"],
         ["merge", *names, "--plan", family.plan, "-o", out / "m"],
+        ["vector", "factor", family.vector],
     ]
+    inputs = consumers.files(family.task.parent)
     runs = [(s, c) for s in ("SIGINT", "SIGTERM") for c in commands]
     runs += [("SIGHUP", commands[2]), ("SIGKILL", commands[2])]
     lines = ["\t".join([s, *map(str, c)]) for s, c in runs]
@@ -363,7 +365,8 @@ def test_stopped_in_the_middle(family, tmp_path):
     expected = [f"{s} {c[0]} {128 + getattr(signal, s)}" for s, c in runs[:-1]]
     assert done.stdout.splitlines() == expected, done.stderr
     assert done.returncode == -signal.SIGKILL
-    assert done.stderr.count("stopped by SIGTERM") == 3
+    assert done.stderr.count("stopped by SIGTERM") == 4
+    assert consumers.files(family.task.parent) == inputs
     left = [".m.lock", ".m.partial", ".p.json.journal"]
     assert sorted(p.name for p in out.iterdir()) == left
     merge(family, out / "m")
