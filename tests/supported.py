@@ -4,7 +4,7 @@
 
 A test says what it proves: ``@pytest.mark.supports("Qwen2 (biases)")``. This collects every
 test, those that take minutes too, and writes their words between the two comments in README.md;
-``--check`` only says whether they are there already.
+what only such a test proves has a mark. ``--check`` only says whether they are there already.
 """
 
 import re
@@ -16,10 +16,11 @@ import pytest
 README = Path(__file__).parent.parent / "README.md"
 BEGIN = "<!-- made by 'make supported' out of the tests -->\n"
 END = "<!-- end -->\n"
+SLOW = "\\*"
 
 
 class Collector:
-    """A pytest plugin: label → nothing, in the order of the tests, for each marker."""
+    """A pytest plugin: label → whether `make test` proves it, for each marker."""
 
     def __init__(self):
         self.labels = {"supports": {}, "refuses": {}}
@@ -28,7 +29,9 @@ class Collector:
         for item in session.items:
             for marker in item.iter_markers():
                 if marker.name in self.labels:
-                    self.labels[marker.name].setdefault(str(marker.args[0]))
+                    found, label = self.labels[marker.name], str(marker.args[0])
+                    fast = item.get_closest_marker("slow") is None
+                    found[label] = found.get(label, False) or fast
 
 
 def table():
@@ -37,12 +40,21 @@ def table():
     arguments = ["--collect-only", "-qq", "-m", "not gpu", str(Path(__file__).parent)]
     if pytest.main(arguments, plugins=[collector]) != pytest.ExitCode.OK:
         raise SystemExit("the tests cannot be collected")
+    return lines(collector.labels)
+
+
+def lines(labels):
+    """The table of the labels, and what the mark means where there is one."""
     heads = {"supports": "supported, each proved by a test", "refuses": "refused, each by name"}
-    rows = [
-        f"| {heads[kind]} | {'; '.join(sorted(found, key=str.lower))} |\n"
-        for kind, found in collector.labels.items()
-    ]
-    return "| | |\n| --- | --- |\n" + "".join(rows)
+    marked = {
+        kind: [f"{label}{'' if found[label] else SLOW}" for label in sorted(found, key=str.lower)]
+        for kind, found in labels.items()
+    }
+    rows = [f"| {heads[kind]} | {'; '.join(found)} |\n" for kind, found in marked.items()]
+    made = "| | |\n| --- | --- |\n" + "".join(rows)
+    if SLOW in made:
+        made += f"\n{SLOW} by a test that takes minutes: `make test-slow`, not `make test`.\n"
+    return made
 
 
 if __name__ == "__main__":

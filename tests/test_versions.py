@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import supported
 from vllm_runs import environment
 
 from enchtable_vllm.errors import ConfigError
@@ -116,6 +117,14 @@ def test_a_refusal_names_what_is_missing(table, monkeypatch):
     versions.refuse_old(None)
     monkeypatch.setenv("ENCHTABLE_ANY_VLLM", "1")
     versions.refuse_old("0.9.2")
+
+
+def test_what_only_slow_tests_prove_is_marked_as_such():
+    labels = {"supports": {"b": True, "A": False}, "refuses": {"c": True}}
+    made = supported.lines(labels)
+    assert "| supported, each proved by a test | A\\*; b |\n" in made
+    assert made.endswith("`make test-slow`, not `make test`.\n")
+    assert "\\*" not in supported.lines({"supports": {"b": True}, "refuses": {}})
 
 
 def test_this_environment_is_supported():
