@@ -85,6 +85,21 @@ def swap(llm, name):
     llm.reset_prefix_cache()
 
 
+def refused_swap(llm):
+    """Why no vector at all may be swapped in; nothing is changed."""
+
+    def call(command, **arguments):
+        return llm.collective_rpc("enchtable", args=(command, {"owner": "probe", **arguments}))[0]
+
+    call("begin")
+    answer = call("stage", safety_vector="@none")
+    while answer["ok"] and not answer.get("staged"):
+        time.sleep(0.01)
+        answer = call("poll")
+    call("finish", record=None)
+    return answer
+
+
 def make_scannable():
     """Let vLLM 0.32 start twice in one process beside llvmlite.
 
@@ -119,6 +134,7 @@ def run(setting):
     reloads = setting.pop("reload", False)
     weights_only = setting.pop("weights_only", False)
     swaps = setting.pop("swaps", [])
+    refuses_swaps = setting.pop("refuses_swaps", False)
     adapter = setting.pop("adapter", None)
     refused = setting.pop("refused", False)
     if setting.pop("replaced", False):
@@ -151,6 +167,9 @@ def run(setting):
 
     try:
         seen = {"first": look(llm)}
+        if refuses_swaps:
+            seen["refused_swap"] = refused_swap(llm)
+            seen["afterwards"] = look(llm)
         if swaps:
             seen["swapped"] = []
         for name in swaps:

@@ -120,10 +120,15 @@ def served(families, tmp_path_factory):
         task = {"model": str(family.task), "enforce_eager": True}
         settings[label, "offline"] = {"model": str(merged), "enforce_eager": True}
         settings[label, "ours"] = {**task, "load_format": "enchtable"}
+        if "experts" in label:
+            settings[label, "ours"]["refuses_swaps"] = True
         if label in MODELS:
             settings[label, "unmerged"] = {**task, "weights_only": True}
     results, _ = probe(list(settings.values()), **ONE_PROCESS)
-    return {which: result["first"] for which, result in zip(settings, results, strict=True)}
+    found = {which: result["first"] for which, result in zip(settings, results, strict=True)}
+    for which, result in zip(settings, results, strict=True):
+        found |= {(which[0], key): result[key] for key in result if key != "first"}
+    return found
 
 
 @pytest.mark.parametrize(
@@ -138,6 +143,14 @@ def test_the_probe_sees_the_merge_and_nothing_else(served, families, label):
     plan, _ = read_plan(families[label].plan)
     expected = {packed(name) for name in plan.merged}
     assert changed(served[label, "unmerged"], served[label, "offline"]) == expected
+
+
+@pytest.mark.parametrize("label", [label for label in CASES if "experts" in label])
+def test_experts_that_the_cpu_does_not_give_back_are_not_swapped(served, label):
+    refusal = served[label, "refused_swap"]
+    assert (refusal["ok"], refusal["code"]) == (False, "not_swappable"), refusal
+    assert "experts" in refusal["error"]["message"]
+    assert served[label, "afterwards"] == served[label, "ours"]
 
 
 def test_all_that_a_scope_means_is_merged(families):

@@ -129,7 +129,7 @@ def seen(family, merged, tmp_path_factory):
         "adapter ours": {"model": str(family.task), **OURS, **lora},
         "quantised unmerged": {"model": str(family.task), "weights_only": True, **PLAIN, **ONLINE},
         "quantised offline": {"model": str(merged), **PLAIN, **ONLINE},
-        "quantised ours": {"model": str(family.task), **OURS, **ONLINE},
+        "quantised ours": {"model": str(family.task), "refuses_swaps": True, **OURS, **ONLINE},
         "streamer ours": {
             "model": str(family.task),
             **OURS,
@@ -172,6 +172,13 @@ def test_quantised_while_loading_it_is_the_quantised_offline_merge(seen):
     differ = changed(unmerged, offline)
     assert {name.rpartition(".")[2] for name in differ} == {"weight", "weight_scale"}
     assert all("self_attn" in name for name in differ)
+
+
+def test_quantised_while_loading_it_is_not_swapped(seen):
+    refusal = seen["quantised ours"]["refused_swap"]
+    assert (refusal["ok"], refusal["code"]) == (False, "not_swappable"), refusal
+    assert "fp8_per_channel" in refusal["error"]["message"]
+    assert seen["quantised ours"]["afterwards"] == seen["quantised ours"]["first"]
 
 
 @pytest.mark.supports("`runai_streamer` as the inner format")
