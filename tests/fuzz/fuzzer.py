@@ -48,6 +48,7 @@ from enchtable_vllm.plan.resolve import coefficient
 from enchtable_vllm.serving.config import LoaderConfig
 from enchtable_vllm.serving.prepare import prepare_model
 from enchtable_vllm.vector import SafetyVector
+from enchtable_vllm.vector.factor_files import open_factors
 
 #: A reader that takes longer hangs.
 HANGS_AFTER_SECONDS = 20
@@ -88,8 +89,23 @@ def _check(resolved: ResolvedPlan) -> None:
 
 
 def feed_server(folder: Path) -> None:
-    """A whole model folder, as a server meets it before it reads a weight."""
-    _check(prepare_model(LoaderConfig.parse({}), str(folder), None, None, device="cpu").resolved)
+    """A whole model folder, as a server meets it before it reads a weight; and its masks."""
+    prepared = prepare_model(LoaderConfig.parse({}), str(folder), None, None, device="cpu")
+    _check(prepared.resolved)
+    if prepared.masks is not None:
+        for name in prepared.resolved.coefficients:
+            prepared.masks.read(name, math.prod(prepared.vector.tensors[name].shape))
+
+
+def feed_factors(folder: Path) -> object:
+    """Refused, or every factor is what it was; or left out, which a plan does without."""
+    vector = SafetyVector.open(folder)
+    files = open_factors(vector, 0.5, "cpu")
+    if files is None:
+        return None
+    found = {name: files.read(name) for name in vector.tensors}
+    digest = tensor_digest
+    return {n: [(digest(f.left), digest(f.right)) for f in row] for n, row in found.items()}
 
 
 def feed_checkpoint(folder: Path) -> None:
@@ -116,6 +132,7 @@ TARGETS: dict[str, Callable[[Path], object]] = {
     "plan": feed_plan,
     "checkpoint": feed_checkpoint,
     "server": feed_server,
+    "factors": feed_factors,
     "config": feed_config,
 }
 Files = dict[str, bytes]
@@ -127,6 +144,12 @@ def make_seeds(folder: Path) -> list[tuple[str, Files]]:
     found = [("vector", _files(family.vector)), ("checkpoint", _files(family.base))]
     found += [("plan", {family.plan.name: family.plan.read_bytes()})]
     found += [("server", _files(family.task))]
+    for form in ("masked", "factored"):
+        seeds.FORMS[form](family)
+        kind, of = {"masked": ("server", family.task), "factored": ("factors", family.vector)}[form]
+        found.append((kind, _files(of)))
+    seeds.FORMS["int8"](family)
+    found.append(("vector", _files(family.vector)))
     seeds.shard(family.vector, "safety_vector")
     seeds.shard(family.base)
     found += [("vector", _files(family.vector)), ("checkpoint", _files(family.base))]
@@ -268,7 +291,7 @@ def _alarm() -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def feed(target: str, files: Files, folder: Path, expected: object = None) -> str | None:
+def feed(target: str, files: Files, folder: Path, good: Sequence[object] = ()) -> str | None:
     """Write the files and read them: a refusal's words, or None if they were taken.
 
     Raises:
@@ -282,7 +305,7 @@ def feed(target: str, files: Files, folder: Path, expected: object = None) -> st
     try:
         with _alarm():
             result = TARGETS[target](folder)
-            assert expected is None or result == expected, "taken, with other values"
+            assert not good or result in good, "taken, with other values"
     except EnchTableError as error:
         return f"{type(error).__name__}: {_VARIABLE.sub('', str(error))[:300]}"
     except (Exception, Hang) as error:
@@ -314,9 +337,11 @@ def fuzz(
         good = make_seeds(work)
         pool = {target: [files for kind, files in good if kind == target] for target in TARGETS}
         fresh = {target: len(inputs) for target, inputs in pool.items()}
-        vector = pool["vector"][0]
-        feed("vector", vector, work / "input")
-        values = feed_vector(work / "input")
+        values: dict[str, list[object]] = {"vector": [], "factors": [None]}
+        for target, results in values.items():
+            for files in pool[target]:
+                feed(target, files, work / "input")
+                results.append(TARGETS[target](work / "input"))
         seen: set[str] = set()
         while time.monotonic() < end:
             target = rng.choice(targets)
@@ -328,7 +353,7 @@ def fuzz(
                 files[name] = mutate_file(name, files[name], rng)
             outcome.executions += 1
             try:
-                words = feed(target, files, work / "input", values if target == "vector" else None)
+                words = feed(target, files, work / "input", values.get(target, ()))
             except Finding as finding:
                 outcome.findings.append(_keep(target, files, out, finding))
                 outcome.outcomes[f"{target}: finding"] += 1
