@@ -97,7 +97,6 @@ def test_only_sources_reach_the_build(tmp_path):
     }
 
 
-@pytest.mark.slow
 def test_the_builds_steps_make_an_environment_that_can_serve(image, tmp_path):
     sources, home = context(tmp_path / "src"), tmp_path / "home"
     assert len(STEPS) == 2
@@ -119,7 +118,6 @@ def test_the_builds_steps_make_an_environment_that_can_serve(image, tmp_path):
     assert done.stdout.startswith(str(image)), "what was installed is what runs"
 
 
-@pytest.mark.slow
 def test_a_build_that_would_exchange_what_vllm_brought_is_refused(image, tmp_path):
     sources = context(tmp_path / "src")
     project = sources / "pyproject.toml"
