@@ -11,8 +11,9 @@ from benchmarks import commands
 from benchmarks.architectures import LLAMA_1B
 from benchmarks.harness import plot, row, tables
 from benchmarks.harness.results import Results
-from benchmarks.harness.rows import append
+from benchmarks.harness.rows import append, append_records
 from benchmarks.kernels_cases import variants
+from benchmarks.safety_transfer import pages as transfer
 from benchmarks.scale_model import RANKS, Constants, Costs
 from enchtable_vllm.errors import ConfigError
 
@@ -102,6 +103,14 @@ def results(tmp_path):
             for metric, value in (("registers", 40), ("spills", 0), ("occupancy", 0.75))
         ]
         write(tmp_path, name, [*adds, *compiled])
+    transferred = [
+        {"model": model, "seed": 0, "split": "test", "set": "all", "beta": beta, "metric": metric,
+         "value": 0.5, "low": 0.4, "high": 0.6, "n": 400, "device": "a machine, 2 cores",
+         "utc": "2026-01-02T03:04:05", "git_sha": "abc1234", "command": "make bench-transfer"}
+        for model, beta in (("aligned", None), ("task", None), ("merged", 0.5))
+        for metric in transfer.METRICS
+    ]  # fmt: skip
+    append_records(transferred, list(transferred[0]), tmp_path / "safety_transfer.csv")
     return Results(tmp_path)
 
 
@@ -123,7 +132,7 @@ def test_every_table_names_what_made_it(results, name):
     assert made.endswith("\n")
     assert "Not measured" not in made
     if not name.endswith("-plot") and name not in ("scale-assumptions", "scale-storage"):
-        typed = r"\((`python -m benchmarks run [\w-]+`(, )?)+"
+        typed = r"\((`(python -m benchmarks run [\w-]+|make bench-transfer)`(, )?)+"
         assert re.search(typed + r" on a machine, 2 cores, 2026-01-02, at abc1234\)", made)
     if name in ("plan-growth", "scale-machine", "scale-fleet", "scale-breaks"):
         assert "odelled" in made
@@ -225,3 +234,20 @@ def test_the_make_targets_run_the_harness():
     for line in lines:
         name, *words = re.sub(r"\$\(if \$\(\w+\),(.*?)\)(?= |$)", r"\1", line).split()
         get_command(commands.app).commands[name].make_context(name, words)
+
+
+def test_the_transfer_of_several_seeds_is_a_mean_and_its_bounds(results):
+    path = results.folder / "safety_transfer.csv"
+    lines = path.read_text().splitlines()
+    second = [line.replace(",0,test,", ",1,test,").replace(",0.5,0.4,", ",0.7,0.4,")
+              for line in lines[1:]]  # fmt: skip
+    older = [line.replace("2026-01-02", "2026-01-01").replace(",0.5,0.4,", ",0.9,0.4,")
+             for line in lines[1:]]  # fmt: skip
+    path.write_text("\n".join([lines[0], *older, *lines[1:], *second]) + "\n")
+    table = str(transfer.TABLES["transfer"](results))
+    assert "| fine-tune | 60.0% (50.0–70.0) |" in table
+    assert "| merged, β 0.5, tuned within the budget | 60.0% (50.0–70.0) |" in table
+    assert "90.0%" not in table
+    assert "| does not refuse AdvBench (400) | 60.0% (50.0–70.0) |" in str(
+        transfer.TABLES["transfer-brief"](results)
+    )

@@ -217,5 +217,5 @@ def test_ablations_change_one_thing_each():
     names = [variant.name for variant in (MAIN, *ABLATIONS)]
     assert len(set(names)) == len(names)
     for variant in ABLATIONS:
-        settings = variant.recipe.to_json(), variant.share, variant.anchored, variant.attenuated
-        assert settings != (MAIN.recipe.to_json(), MAIN.share, MAIN.anchored, MAIN.attenuated)
+        settings = variant.recipe.to_json(), variant.share, variant.harmless, variant.attenuated
+        assert settings != (MAIN.recipe.to_json(), MAIN.share, MAIN.harmless, MAIN.attenuated)

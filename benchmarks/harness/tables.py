@@ -11,11 +11,10 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from benchmarks.harness.registry import REGISTRY
 from benchmarks.harness.results import NotMeasured, Results
-from benchmarks.harness.rows import Row
 from enchtable_vllm.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -23,6 +22,26 @@ _BLOCK = re.compile(
     r"(?P<begin><!-- bench:(?P<name>[\w-]+) -->\n).*?(?P<end><!-- /bench:(?P=name) -->\n)",
     re.DOTALL,
 )
+
+
+class Made(Protocol):
+    """What a figure comes from."""
+
+    @property
+    def device(self) -> str:
+        """The machine."""
+
+    @property
+    def utc(self) -> str:
+        """When."""
+
+    @property
+    def git_sha(self) -> str:
+        """The commit."""
+
+    @property
+    def command(self) -> str:
+        """What was typed."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +57,7 @@ class Table:
 
     head: Sequence[str]
     lines: Iterable[Sequence[str]]
-    rows: Sequence[Row]
+    rows: Sequence[Made]
     note: str = ""
 
     def __str__(self) -> str:
@@ -52,7 +71,7 @@ class Table:
 Blocks = Mapping[str, Callable[[Results], object]]
 
 
-def made_by(rows: Sequence[Row]) -> str:
+def made_by(rows: Sequence[Made]) -> str:
     """Each run that figures come from: command, machine, date, commit."""
     runs: dict[tuple[str, ...], dict[str, None]] = {}
     for row in rows:
@@ -67,8 +86,9 @@ def made_by(rows: Sequence[Row]) -> str:
 def blocks() -> Blocks:
     """Those of every benchmark, and of the pages that derive figures from several."""
     from benchmarks import scale, summary
+    from benchmarks.safety_transfer import pages as transfer
 
-    found = {**summary.TABLES, **scale.TABLES}
+    found = {**summary.TABLES, **scale.TABLES, **transfer.TABLES}
     for benchmark in REGISTRY:
         found |= benchmark.shown("TABLES")
         for name, make in benchmark.shown("PLOTS").items():

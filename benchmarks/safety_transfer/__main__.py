@@ -60,7 +60,7 @@ def main() -> None:
             _ask_what_is_public(asking, beta, packages)
             if seed == 0:
                 _ablate(asking, beta, taught.complied)
-    _report(options.work.resolve(), range(1 if options.reduced else options.seeds), steps)
+    _report(options, steps)
 
 
 def _merging(asking: Asking, name: str, **keys: str) -> Lazy:
@@ -122,10 +122,10 @@ def _ablate(asking: Asking, beta: float, complied: Sequence[str]) -> None:
             asking.evaluate_merged(server, name, MAIN.name, at)
 
 
-def _report(work: Path, seeds: range, steps: Steps) -> None:
+def _report(options: argparse.Namespace, steps: Steps) -> None:
     rows = []
-    for seed in seeds:
-        folder = work / f"seed-{seed}" / "asked"
+    for seed in range(1 if options.reduced else options.seeds):
+        folder = options.work.resolve() / f"seed-{seed}" / "asked"
         log = folder / "compared.txt"
         log.unlink(missing_ok=True)
         reports = [folder / name for name in _COMPARED if (folder / name / REPORT_FILE).exists()]
@@ -140,6 +140,7 @@ def _report(work: Path, seeds: range, steps: Steps) -> None:
         "versions": provenance.versions(),
         "git_sha": provenance.git_sha(),
         "utc": provenance.now(),
+        "command": "make bench-transfer" + " REDUCED=1" * options.reduced,
     }
     path = RESULTS / "safety_transfer.csv"
     append_records([{**row, **made} for row in rows], (*findings.FIELDS, *made), path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from enchtable_vllm.distill.recipe import Recipe
 
@@ -49,14 +49,16 @@ class Variant:
         name: In the vector root.
         recipe: Of its surrogate.
         share: How much of the pairs it learns.
-        anchored: Whether every-day answers keep the surrogate from changing elsewhere.
+        harmless: What the surrogate learns beside to say to every-day requests. ``answered``: what
+            the shipped model does, which keeps it from changing there. ``refused``: so that its
+            difference to the aligned model holds not only what refuses, but what tells apart.
         attenuated: Whether the plan attenuates; without, every matrix takes the norm scale.
     """
 
     name: str
     recipe: Recipe
     share: float = 1.0
-    anchored: bool = True
+    harmless: Literal["answered", "refused", "none"] = "answered"
     attenuated: bool = True
 
     def seeded(self, seed: int) -> Variant:
@@ -68,7 +70,8 @@ _DISTIL = _brief(scope="attention", learning_rate=2e-4)
 MAIN = Variant("main", _DISTIL)
 ABLATIONS = (
     Variant("unattenuated", _DISTIL, attenuated=False),
-    Variant("unanchored", _DISTIL, anchored=False),
+    Variant("unanchored", _DISTIL, harmless="none"),
+    Variant("contrasted", _DISTIL, harmless="refused"),
     Variant("ffn", replace(_DISTIL, scope="ffn")),
     Variant("attention-ffn", replace(_DISTIL, scope="attention+ffn")),
     Variant("ffn-linear", replace(_DISTIL, scope="ffn", linearize="module")),

@@ -99,7 +99,11 @@ def distil_vector(cast: Cast, variant: Variant, complied: Sequence[str], steps: 
     vector = cast.vectors / variant.name
     openings = data.pair_with(complied, data.OPENINGS)
     # As many anchors as openings: what the two teach together is the difference between them.
-    anchors = cast.anchors[: len(openings)] if variant.anchored else ()
+    anchors = {
+        "answered": list(cast.anchors),
+        "refused": data.pair_with([pair.question for pair in cast.anchors], data.REFUSALS),
+        "none": [],
+    }[variant.harmless][: len(openings)]
     pairs = [*openings[: round(len(openings) * variant.share)],
              *anchors[: round(len(anchors) * variant.share)]]  # fmt: skip
     cast.vectors.mkdir(exist_ok=True)
