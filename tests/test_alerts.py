@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,9 @@ def test_rules_speak_of_metrics_and_labels_that_exist():
     expressions = re.findall(r"expr: (.*)", TEXT)
     used = set(re.findall(r"enchtable_\w+", " ".join(expressions)))
     assert used <= names
+    theirs = set(re.findall(r"vllm:\w+", " ".join(expressions)))
+    loggers = Path(find_spec("vllm").origin).with_name("v1") / "metrics" / "loggers.py"
+    assert theirs <= set(re.findall(r'name="(vllm:\w+)"', loggers.read_text()))
     outcomes = re.search(r'outcome=~"([\w|]+)"', TEXT)[1].split("|")
     reasons = re.search(r'reason=~"([\w|]+)"', TEXT)[1].split("|")
     assert set(outcomes) <= set(OUTCOMES)

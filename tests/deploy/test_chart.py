@@ -90,12 +90,24 @@ def test_a_rollout_finds_pods_that_are_not_ready():
 
 def test_alerts_and_dashboard_are_the_ones_of_this_repository():
     found = documents("everything")
-    alerts = yaml.safe_load((DEPLOY / "prometheus" / "alerts.yml").read_text())
+    text = (DEPLOY / "prometheus" / "alerts.yml").read_text()
+    assert text.count('{job=~".+"}') == 1
+    # What must show metrics of enchtable is this release alone, as its pod monitor names it.
+    job = "models/" + only(found, "PodMonitor")["metadata"]["name"]
+    alerts = yaml.safe_load(text.replace('job=~".+"', f'job=~"{job}"'))
     assert only(found, "PrometheusRule")["spec"] == alerts
     shown = only(found, "ConfigMap")["data"]["enchtable.json"]
     assert yaml.safe_load(shown) == yaml.safe_load(
         (DEPLOY / "grafana" / "enchtable.json").read_text()
     )
+
+
+def test_the_jobs_in_which_every_server_merges_can_be_named():
+    texts = render(changed(VALUES["everything"], "prometheusRule.jobs", r"models/.*|chat\d"))
+    (rule,) = [t for name, t in texts.items() if name.endswith("/prometheusrule.yaml")]
+    rules = yaml.safe_load(rule)["spec"]["groups"][0]["rules"]
+    (absent,) = [r for r in rules if r["alert"] == "EnchTableAbsent"]
+    assert r'{job=~"models/.*|chat\\d"}' in absent["expr"]  # doubled: a string of PromQL's
 
 
 def test_a_packaged_chart_renders_the_same(tmp_path):
@@ -166,6 +178,7 @@ def test_notes_say_what_is_open():
         ("ingress.paths", ["/v1/enchtable/swap"], "/ingress/paths/0"),
         ("ingress.paths", ["/v1/"], "/ingress/paths/0"),
         ("ingress.enabled", True, "/ingress"),
+        ("prometheusRule.jobs", 'a"} or {', "/prometheusRule/jobs"),
         ("extraArgs", ["--api-key=secret"], "got '--api-key'"),
         ("extraArgs", ["--load_format", "auto"], "got '--load-format'"),
         ("extraEnv", [{"name": "VLLM_SERVER_DEV_MODE", "value": "1"}], "without any token"),
