@@ -16,8 +16,12 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-#: Kinds of KServe's that the manifests use, and what these refer to.
-KSERVE = ("V1alpha1ServingRuntime", "V1beta1InferenceService")
+#: Kinds of KServe's that the manifests use, and their versions.
+KSERVE = {"V1alpha1ServingRuntime": "v1alpha1", "V1beta1InferenceService": "v1beta1"}
+#: What KServe's own definitions ask for, and the client fills with an empty string.
+_FILLED = {"V1alpha1SupportedModelFormat": ["name"], "V1beta1ModelFormat": ["name"]}
+#: How the client refuses that something is left out.
+_DEMANDED = re.compile(r"client_side_validation and (\w+) is None:")
 _PLAIN = {"str": "string", "bool": "boolean", "int": "integer", "float": "number"}
 
 
@@ -78,9 +82,10 @@ def kserve() -> dict[str, Any]:
         if not name.startswith(("V1alpha1", "V1beta1")) or not file.is_file():
             definitions[name] = {}  # Kubernetes's own; nothing said
             continue
+        source = file.read_text()
         found = {
             target.id: ast.literal_eval(node.value)
-            for node in ast.walk(ast.parse(file.read_text()))
+            for node in ast.walk(ast.parse(source))
             if isinstance(node, ast.Assign) and isinstance(target := node.targets[0], ast.Name)
             if target.id in ("openapi_types", "attribute_map")
         }
@@ -90,6 +95,15 @@ def kserve() -> dict[str, Any]:
             "properties": {keys[k]: _schema(kind, wanted) for k, kind in kinds.items()},
             "additionalProperties": False,
         }
+        needed = {keys[k] for k in _DEMANDED.findall(source)} | set(_FILLED.get(name, ()))
+        if needed:
+            definitions[name]["required"] = sorted(needed)
+    for name, version in KSERVE.items():
+        # The client leaves it to its user to name them.
+        properties = definitions[name]["properties"]
+        properties["apiVersion"] = {"const": f"serving.kserve.io/{version}"}
+        properties["kind"] = {"const": name.removeprefix(version.capitalize())}
+        definitions[name]["required"] = ["apiVersion", "kind", "metadata", "spec"]
     return {"$defs": dict(sorted(definitions.items()))}
 
 
