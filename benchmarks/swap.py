@@ -1,18 +1,22 @@
-"""Swapping under load, against a restart of the same server.
+"""Swapping under load, against a restart of the same server and against vLLM's own reload.
 
 A real server of the small real model (SmolLM2-135M-Instruct) with two attention-scope vectors;
 four clients ask for completions all the time, and one reads its answers token by token. Swapped
 back and forth: how long generation takes to stop (the step that it is in), how long it then stands
 still, the longest wait for a next token that a swap caused, how long staging takes meanwhile and
 the whole swap; and how long a restart is away, from the old server's end to the new one's first
-answer. ``soak`` goes on to as many swaps, and sees how memory and requests fare.
+answer; and how long a server of plain vLLM stands still while it reads the same weights anew, all
+of them, from a merge that was written to disk. ``soak`` goes on to as many swaps, and sees how
+memory and requests fare.
 
 The weights that the ranks compute with are read back, and must be those of a fresh start on
-either vector; every answer must be whole, and come from one vector or the other.
+either vector; the reloaded server must answer as those fresh starts do; every answer must be
+whole, and come from one vector or the other.
 """
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -22,7 +26,7 @@ from typing import Any
 
 from pydantic import Field
 
-from benchmarks import swap_server
+from benchmarks import swap_reload, swap_server
 from benchmarks.harness import NotVerified, Row, row
 from benchmarks.harness import Options as BaseOptions
 from benchmarks.harness.interval import ratio
@@ -31,9 +35,9 @@ from benchmarks.harness.tables import Table
 from benchmarks.harness.units import shown
 from benchmarks.swap_server import NAMES, Load, SwapServer, served, under_load
 
-PEER = "restart"
-QUICK = {"swaps": 4, "restarts": 1}
-FULL = {"soak": 500, "restarts": 3}
+PEER, RELOAD = "restart", "reload by plain vLLM"
+QUICK = {"swaps": 4, "restarts": 1, "reloads": 2}
+FULL = {"soak": 500, "restarts": 3, "reloads": 20}
 MOST_PAUSED_SECONDS = 0.15
 MOST_OF_A_RESTART = 1 / 100
 MOST_GROWTH = 0.03
@@ -45,6 +49,7 @@ _ANSWERED = {
     "staging": "staging",
     "swap": "whole",
 }
+_STOOD_STILL = _ANSWERED["paused"]
 _WAIT = "wait"
 _SETTLED_AFTER = 5
 _WARM_UP_SECONDS = 60.0
@@ -55,6 +60,7 @@ class Options(BaseOptions):
 
     swaps: int = Field(default=20, ge=1, description="that are timed")
     restarts: int = Field(default=1, ge=1, description="that are timed")
+    reloads: int = Field(default=10, ge=1, description="by vLLM's own means, that are timed")
     soak: int = Field(default=0, description="swaps after those, for memory; 500 is the claim")
 
 
@@ -64,12 +70,13 @@ def verify(options: Options) -> None:
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         task = pool.submit(swap_server.make_root, options.scratch).result()
     (options.scratch / "task").write_text(str(task))
-    fresh = {}
+    fresh, told = {}, {}
     for name in NAMES:
         with served(task, options.scratch, name) as server:
-            fresh[name] = server.weights()
+            fresh[name], told[name] = server.weights(), swap_server.logprobs(server)
             if name == NAMES[-1]:
                 _compare(server, fresh)
+    (options.scratch / "answers.json").write_text(json.dumps(told))
 
 
 def _compare(server: SwapServer, fresh: dict[str, Any]) -> None:
@@ -103,7 +110,24 @@ def measure(options: Options) -> Iterator[Row]:
                         yield from _soak(server, options.soak, load)
                 _demand_whole(load)
                 yield row("requests", _OURS, _SHAPE, "", [load.answers], metric="answered", unit="")
-    yield row("swap", PEER, _SHAPE, "bf16", away, metric="without an answer")
+    yield row("swap", PEER, _SHAPE, "bf16", away, metric=_STOOD_STILL)
+    yield from _reloads(options)
+
+
+def _reloads(options: Options) -> Iterator[Row]:
+    with swap_reload.reloading(options.scratch) as server:
+        told = swap_reload.answers(server, options.scratch)
+        expected = json.loads((options.scratch / "answers.json").read_text())
+        if told != expected or told[NAMES[0]] == told[NAMES[1]]:
+            raise NotVerified(
+                "answers after vLLM's own reload", expected=expected, got=told,
+                fix="Its speed is not reported.",
+            )  # fmt: skip
+        times, load = swap_reload.timed(server, options.scratch, options.reloads)
+    _demand_no_failure(load)
+    pausing, paused = zip(*times, strict=True)
+    yield row("swap", RELOAD, _SHAPE, "bf16", pausing, metric=_ANSWERED["pausing"])
+    yield row("swap", RELOAD, _SHAPE, "bf16", paused, metric=_STOOD_STILL)
 
 
 def _swaps(server: SwapServer, count: int, load: Load) -> Iterator[Row]:
@@ -129,10 +153,14 @@ def _swaps(server: SwapServer, count: int, load: Load) -> Iterator[Row]:
     yield row("swap", "no swap", _SHAPE, "bf16", usual, metric="wait of a stream")
 
 
-def _demand_whole(load: Load) -> None:
+def _demand_no_failure(load: Load) -> None:
     if load.failures:
         got = f"{len(load.failures)} that are not, first: {load.failures[0]}"
         raise NotVerified("answers", expected="whole ones", got=got, fix="No speed is reported.")
+
+
+def _demand_whole(load: Load) -> None:
+    _demand_no_failure(load)
     if len(load.versions) != len(NAMES):
         raise NotVerified("answers", expected="two versions", got=len(load.versions), fix="")
 
@@ -155,7 +183,7 @@ def _soak(server: SwapServer, swaps: int, load: Load) -> Iterator[Row]:
 def bounds(rows: list[Row]) -> Iterator[str]:
     """What is promised of a swap and was missed."""
     paused, restart = (
-        next(r.p50 for r in rows if r.metric == "without an answer" and r.provider == provider)
+        next(r.p50 for r in rows if r.metric == _STOOD_STILL and r.provider == provider)
         for provider in (_OURS, PEER)
     )
     if paused > min(MOST_PAUSED_SECONDS, restart * MOST_OF_A_RESTART):

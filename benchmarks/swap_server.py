@@ -16,8 +16,10 @@ import httpx
 import psutil
 
 from benchmarks.models import plan_without_interference, random_vector, task_model
-from enchtable_vllm.checkpoint import Checkpoint, sampled_fingerprint
+from enchtable_vllm.checkpoint import Checkpoint, Location, sampled_fingerprint
 from enchtable_vllm.demo.server import Server, free_port
+from enchtable_vllm.merge import merge_checkpoint
+from enchtable_vllm.plan import read_plan, resolve_plan
 from enchtable_vllm.plan.vector_root import plan_path
 
 NAMES = ("sv-a", "sv-b")
@@ -28,10 +30,18 @@ _TOKEN = "the-token-of-this-benchmark"
 #: are read anew. Batches are kept small here, and before memory is compared the kernels have met
 #: them all, so that what is seen is what swaps add.
 _MOST_BATCHED_TOKENS = 64
+#: Arguments of every server that is compared.
+ENGINE = [
+    "--dtype", "bfloat16", "--max-model-len", "512", "--enforce-eager",
+    "--disable-uvicorn-access-log",
+    # All of the KV cache is in use soon: its memory is the server's when touched.
+    "--num-gpu-blocks-override", "256",
+    "--max-num-batched-tokens", str(_MOST_BATCHED_TOKENS), "--max-num-seqs", "16",
+]  # fmt: skip
 
 
 def make_root(folder: Path) -> Path:
-    """Two vectors and their plans in ``root``; the task model's folder."""
+    """Two vectors and their plans in ``root``, their merges in `merged`; the task's folder."""
     task = task_model("small", folder)
     fingerprint = sampled_fingerprint(Checkpoint(task))
     (folder / "root").mkdir()
@@ -41,7 +51,14 @@ def make_root(folder: Path) -> Path:
         path = plan_path(where, fingerprint)
         path.parent.mkdir()
         path.write_text(plan_without_interference(task, vector).to_json())
+        plan = resolve_plan(*read_plan(path))
+        merge_checkpoint(Location(task), vector, plan, merged(folder, name))
     return task
+
+
+def merged(folder: Path, name: str) -> Path:
+    """Where a vector's offline merge is."""
+    return folder / f"merged-{name}"
 
 
 class SwapServer(Server):
@@ -53,11 +70,7 @@ class SwapServer(Server):
             task,
             [
                 "--load-format", "enchtable", "--model-loader-extra-config", json.dumps(extra),
-                "--dtype", "bfloat16", "--max-model-len", "512", "--enforce-eager",
-                "--disable-uvicorn-access-log",
-                # All of the KV cache is in use soon: its memory is the server's when touched.
-                "--num-gpu-blocks-override", "256",
-                "--max-num-batched-tokens", str(_MOST_BATCHED_TOKENS), "--max-num-seqs", "16",
+                *ENGINE,
             ],
             folder / f"log-{start}",
             port=free_port(),
@@ -106,6 +119,16 @@ def served(task: Path, folder: Path, start: str) -> Iterator[SwapServer]:
         yield server
 
 
+def logprobs(server: Server) -> list[float]:
+    """Of a greedy answer while nobody else asks: weights that differ, differ there."""
+    question = _question(server, 1) | {"logprobs": 1}
+    answer = httpx.post(f"{server.url}/v1/completions", json=question, timeout=120)
+    answer.raise_for_status()
+    (choice,) = answer.json()["choices"]
+    found: list[float] = choice["logprobs"]["token_logprobs"]
+    return found
+
+
 class Load:
     """What the clients saw."""
 
@@ -126,7 +149,7 @@ class Load:
 
 
 @contextmanager
-def under_load(server: SwapServer) -> Iterator[Load]:
+def under_load(server: Server) -> Iterator[Load]:
     """Clients that ask one question after the other, and one that reads token by token."""
     seen, ended = Load(), threading.Event()
 
@@ -164,13 +187,14 @@ def _ask(http: httpx.Client, question: dict[str, Any], seen: Load) -> None:
     (choice,) = answer.json()["choices"]
     if choice["finish_reason"] != "length":
         seen.failures.append(str(choice["finish_reason"]))
-    seen.versions.add(answer.headers["X-Enchtable-Version"])
+    if version := answer.headers.get("X-Enchtable-Version"):
+        seen.versions.add(version)
     seen.answers += 1
 
 
 def _listen(http: httpx.Client, question: dict[str, Any], seen: Load) -> None:
     question |= {"max_tokens": 256, "stream": True}
-    before = None
+    before, last = None, {}
     with http.stream("POST", "/v1/completions", json=question) as answer:
         answer.raise_for_status()
         for line in answer.iter_lines():
@@ -178,7 +202,10 @@ def _listen(http: httpx.Client, question: dict[str, Any], seen: Load) -> None:
                 now = time.perf_counter()
                 if before is not None:
                     seen.waits.append((before, now))
-                before = now
+                before, last = now, json.loads(line.removeprefix("data: "))
+    ended = [choice["finish_reason"] for choice in last.get("choices", ())]
+    if ended != ["length"]:
+        seen.failures.append(f"a stream that ends with {last}")
     seen.answers += 1
 
 
@@ -191,7 +218,7 @@ def _failures(seen: Load) -> Iterator[None]:
         seen.failures.append(f"{type(error).__name__}: {error}")
 
 
-def _question(server: SwapServer, number: int, words: int = 0) -> dict[str, Any]:
+def _question(server: Server, number: int, words: int = 0) -> dict[str, Any]:
     return {
         "model": server.command[2],
         "prompt": f"Question {number}: why is the sky " + "so " * words + "blue?",
