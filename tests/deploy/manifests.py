@@ -56,6 +56,43 @@ def pod_of(document):
     return document["spec"]["template"]["spec"]
 
 
+def production_stack():
+    """The pod that the production stack's chart makes of our values for it.
+
+    What its deployment-vllm-multi.yaml does with the values that are set; the labels, variables
+    and ports that it adds for itself are not here.
+    """
+    engine = yaml.safe_load((DEPLOY / "production-stack" / "values.yaml").read_text())[
+        "servingEngineSpec"
+    ]
+    (model,) = engine["modelSpec"]
+    config = model["vllmConfig"]
+    gpus = {"nvidia.com/gpu": str(model["requestGPU"])}
+    own = ["--host", "0.0.0.0", "--port", "8000", "--no-enable-prefix-caching"]
+    own += ["--tensor-parallel-size", str(config["tensorParallelSize"])]
+    container = {
+        "name": "vllm",
+        "image": f"{model['repository']}:{model['tag']}",
+        "imagePullPolicy": engine["imagePullPolicy"],
+        "command": ["vllm", "serve", model["modelURL"], *own, *config["extraArgs"]],
+        "env": model["env"],
+        "ports": [{"containerPort": 8000, "name": "container-port"}],
+        "resources": {
+            "requests": {"cpu": str(model["requestCPU"]), "memory": model["requestMemory"], **gpus},
+            "limits": {"memory": model["limitMemory"], **gpus},
+        },
+        "securityContext": engine["containerSecurityContext"],
+        "volumeMounts": [{"name": "shm", "mountPath": "/dev/shm"}, *model["extraVolumeMounts"]],
+    }
+    container |= {name: engine[name] for name in engine if name.endswith("Probe")}
+    shm = {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": model["shmSize"]}}
+    return {
+        "securityContext": engine["securityContext"],
+        "containers": [container],
+        "volumes": [shm, *model["extraVolumes"]],
+    }
+
+
 def schema(name, part=None):
     """A schema of tests/deploy/schemas, or one definition in it."""
     loaded = json.loads((SCHEMAS / name).read_text())

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from manifests import DEPLOY, VALUES, documents, environment, only, pod_of
+from manifests import DEPLOY, VALUES, documents, only, pod_of, production_stack
 
 from enchtable_vllm.serving.config import LoaderConfig
 
@@ -44,14 +44,9 @@ def of_kserve():
 
 
 def of_production_stack():
-    """What its chart makes of these values (deployment-vllm-multi.yaml there)."""
-    values = yaml.safe_load((DEPLOY / "production-stack" / "values.yaml").read_text())
-    (spec,) = values["servingEngineSpec"]["modelSpec"]
-    config = spec["vllmConfig"]
-    own = ["--host", "0.0.0.0", "--port", "8000", "--no-enable-prefix-caching"]
-    own += ["--tensor-parallel-size", str(config["tensorParallelSize"])]
-    assert environment(spec)["VLLM_PLUGINS"] == "enchtable"
-    return ["vllm", "serve", spec["modelURL"], *own, *config["extraArgs"]]
+    """What its chart makes of these values."""
+    (container,) = production_stack()["containers"]
+    return container["command"]
 
 
 COMMANDS = {f"chart, {case}": of_chart(case) for case in VALUES} | {

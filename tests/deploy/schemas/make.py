@@ -3,7 +3,8 @@
     python -m venv /tmp/schemas && /tmp/schemas/bin/pip install -r tests/deploy/schemas/packages.txt
     /tmp/schemas/bin/python tests/deploy/schemas/make.py
 
-Kubernetes's own kinds are not here: 'kubernetes-validate' brings them.
+With the production stack's helm/values.schema.json as an argument it writes that one too, which no
+package carries. Kubernetes's own kinds are not here: 'kubernetes-validate' brings them.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import sys
 from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
@@ -131,6 +133,8 @@ def main() -> None:
         write(f"{kind}.json", prometheus_operator(kind))
     write("kserve.json", kserve())
     write("compose-spec.json", compose())
+    for file in sys.argv[1:]:
+        write("production-stack.json", undescribed(json.loads(Path(file).read_text())))
 
 
 if __name__ == "__main__":
