@@ -150,7 +150,7 @@ class Answering:
         return 404, {"detail": "Not Found"}
 
     @contextmanager
-    def serve(self):
+    def serve(self, address=("127.0.0.1", 0)):
         """Yields the URL."""
         server = self
 
@@ -183,11 +183,11 @@ class Answering:
             def log_message(self, *_):
                 pass
 
-        http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        http = ThreadingHTTPServer(address, Handler)
         thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()
         try:
-            yield f"http://127.0.0.1:{http.server_address[1]}"
+            yield f"http://{address[0]}:{http.server_address[1]}"
         finally:
             http.shutdown()
             thread.join()
