@@ -4,12 +4,17 @@ import json
 import re
 import shutil
 import subprocess
+import time
+from contextlib import suppress
+from urllib.request import urlopen
 
 import jsonschema
 import pytest
 import yaml
 from manifests import DEPLOY, ROOT, schema
 from prometheus import program
+
+from enchtable_vllm.demo.server import free_port
 
 FOLDER = DEPLOY / "compose"
 TEXT = (FOLDER / "compose.yaml").read_text()
@@ -66,22 +71,57 @@ def test_secrets_are_files():
             assert not name.endswith("_FILE") or value.rpartition("/")[2] in service["secrets"]
 
 
-def test_prometheus_reads_its_configuration_and_the_alerts(tmp_path):
-    """Laid out as in the container, by the volumes of the project itself."""
+@pytest.fixture(scope="module")
+def prometheus(tmp_path_factory):
+    """Asks a real one for a path: its configuration lies as in the container, by the volumes."""
+    folder = tmp_path_factory.mktemp("prometheus")
     for volume in PROJECT["services"]["prometheus"]["volumes"]:
         source, at, *_ = volume.split(":")
         if at.startswith("/etc/prometheus/"):
-            shutil.copy(FOLDER / source, tmp_path)
-    done = subprocess.run(
-        [program("promtool"), "check", "config", tmp_path / "prometheus.yml"],
-        capture_output=True, text=True, check=False, timeout=60,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    rules = yaml.safe_load((DEPLOY / "prometheus" / "alerts.yml").read_text())["groups"][0]["rules"]
-    assert f"{len(rules)} rules found" in done.stdout
-    (job,) = yaml.safe_load((tmp_path / "prometheus.yml").read_text())["scrape_configs"]
-    (target,) = job["static_configs"][0]["targets"]
-    assert target.split(":")[0] in PROJECT["services"]
+            shutil.copy(FOLDER / source, folder / at.removeprefix("/etc/prometheus/"))
+    address = f"127.0.0.1:{free_port()}"
+    command = [program("prometheus"), f"--config.file={folder}/prometheus.yml",
+               f"--storage.tsdb.path={folder}/data", f"--web.listen-address={address}"]  # fmt: skip
+
+    def ask(path):
+        with urlopen(f"http://{address}{path}", timeout=10) as answer:
+            return answer.read()
+
+    log = folder / "log"
+    with log.open("wb") as written:
+        process = subprocess.Popen(command, stdout=written, stderr=written)
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            assert process.poll() is None, log.read_text()[-2000:]
+            assert time.monotonic() < deadline, log.read_text()[-2000:]
+            with suppress(OSError):
+                ask("/-/ready")
+                break
+            time.sleep(0.2)
+        yield lambda path: json.loads(ask(path))["data"]
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def test_prometheus_has_every_alert(prometheus):
+    (group,) = prometheus("/api/v1/rules?type=alert")["groups"]
+    text = (DEPLOY / "prometheus" / "alerts.yml").read_text()
+    assert [rule["name"] for rule in group["rules"]] == re.findall(r"- alert: (\w+)", text)
+    assert not [rule["lastError"] for rule in group["rules"] if "lastError" in rule]
+
+
+def test_prometheus_asks_the_server_for_its_metrics(prometheus):
+    deadline = time.monotonic() + 60
+    while not (found := prometheus("/api/v1/targets")["activeTargets"]):  # looked up every 5 s
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    (target,) = found
+    assert target["labels"]["job"] == "vllm"
+    server = PROJECT["services"]["vllm"]
+    port = server["ports"][0].rpartition(":")[2]
+    assert target["scrapeUrl"] == f"http://vllm:{port}/metrics"
 
 
 def test_grafana_finds_its_source_and_the_dashboard():
