@@ -21,11 +21,31 @@ TEXT = (FOLDER / "compose.yaml").read_text()
 PROJECT = yaml.safe_load(TEXT)
 
 
+RESET = object()
+
+
 class Loader(yaml.SafeLoader):
-    """Reads Compose's '!reset' as the nothing that it means."""
+    """Reads Compose's '!reset' as what says that a key is to go."""
 
 
-Loader.add_constructor("!reset", lambda *_: None)
+Loader.add_constructor("!reset", lambda *_: RESET)
+
+
+def merged(below, above):
+    """Two files as Compose makes one of them: key by key; a list would be appended, so none is."""
+    found = dict(below)
+    for key, value in above.items():
+        assert not isinstance(value, list), key
+        if value is RESET:
+            del found[key]
+        elif isinstance(value, dict) and isinstance(found.get(key, {}), dict):
+            found[key] = merged(found.get(key, {}), value)
+        else:
+            found[key] = value
+    return found
+
+
+CPU = merged(PROJECT, yaml.load((FOLDER / "compose.cpu.yaml").read_text(), Loader))
 
 
 def bound(service, target):
@@ -37,13 +57,25 @@ def bound(service, target):
     raise AssertionError(f"nothing at {target}")
 
 
-@pytest.mark.parametrize("name", ["compose.yaml", "compose.cpu.yaml"])
-def test_it_is_what_the_specification_says(name):
-    document = yaml.load((FOLDER / name).read_text(), Loader)
-    for service in document["services"].values():
-        if service.get("deploy", ...) is None:
-            del service["deploy"]  # reset
-    jsonschema.validate(document, schema("compose-spec.json"), jsonschema.Draft7Validator)
+@pytest.mark.parametrize("project", [PROJECT, CPU], ids=["compose.yaml", "with compose.cpu.yaml"])
+def test_it_is_what_the_specification_says(project):
+    jsonschema.validate(project, schema("compose-spec.json"), jsonschema.Draft7Validator)
+
+
+def test_without_a_gpu_only_image_and_devices_are_others():
+    server, base = CPU["services"]["vllm"], PROJECT["services"]["vllm"]
+    assert base["deploy"]["resources"]["reservations"]["devices"]
+    assert "deploy" not in server
+    assert server["build"] == {
+        **base["build"], "args": {"BASE_IMAGE": "vllm/vllm-openai-cpu:v0.32.0-x86_64"}
+    }  # fmt: skip
+    assert server["image"] == base["image"].replace("}", "-cpu}")
+    assert server["environment"].items() >= base["environment"].items()
+    changed = {"deploy", "build", "image", "environment"}
+    assert {key for key in base if server.get(key) != base[key]} == changed
+    assert server.keys() < base.keys()
+    others = CPU | {"services": CPU["services"] | {"vllm": base}}
+    assert others == PROJECT
 
 
 def test_every_variable_has_a_default_or_is_in_the_example():
