@@ -43,7 +43,8 @@ else
   add=(uv pip install --no-cache --python "$python" --break-system-packages)
 fi
 # The constraint makes a conflict with what vLLM brought an error, not an exchange of its torch.
-"${add[@]}" --constraint "$scratch/before" "$scratch/sources"
+# 'signing', because a server with require_signature needs it; the other extras are no server's.
+"${add[@]}" --constraint "$scratch/before" "$scratch/sources[signing]"
 
 versions > "$scratch/after"
 changed=$(LC_ALL=C comm -23 "$scratch/before" "$scratch/after")

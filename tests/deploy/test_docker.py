@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import tomllib
 import venv
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -101,11 +102,18 @@ def test_the_builds_steps_make_an_environment_that_can_serve(image, tmp_path):
     sources, home = context(tmp_path / "src"), tmp_path / "home"
     assert len(STEPS) == 2
     before = sorted(p.name for p in sources.iterdir())
+    said = []
     for step in STEPS:
         words = step.replace("/src", str(sources)).replace("/home/vllm", str(home)).split()
         done = run(words, env=environment(image, home), cwd=tmp_path)
         assert done.returncode == 0, done.stdout + done.stderr
-    assert "a fresh process knows '--load-format enchtable'" in re.sub(r"\s+", " ", done.stdout)
+        said.append(done.stdout)
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for requirement in extras["optional-dependencies"]["signing"]:
+        # All of it is beside this vLLM already, and pip says so of each that it looked for.
+        name = re.match(r"[\w-]+", requirement)[0]
+        assert re.search(rf"^Requirement already satisfied: {name}\b", said[0], re.M), said[0]
+    assert "a fresh process knows '--load-format enchtable'" in re.sub(r"\s+", " ", said[1])
     assert sorted(p.name for p in sources.iterdir()) == before, "the sources are bound read-only"
     made = home.stat()
     assert made.st_mode & 0o777 == 0o770
