@@ -7,8 +7,8 @@ from itertools import pairwise
 import pytest
 from browser import chromium
 from plans import dense, digest, make_plan
+from reports import HOSTILE
 from selenium.webdriver import ActionChains, Keys
-from test_report import HOSTILE
 
 from enchtable_vllm.plan import resolve_plan
 from enchtable_vllm.report import collect, report_page
