@@ -81,6 +81,32 @@ def test_services_and_policies_select_the_pods_and_nothing_wider(case):
     assert targets == names == {"http"}
 
 
+def test_what_refers_to_a_name_refers_to_one_that_is_there():
+    found = documents("everything")
+    deployment = only(found, "Deployment")
+    (port,) = pod_of(deployment)["containers"][0]["ports"]
+    (endpoint,) = only(found, "PodMonitor")["spec"]["podMetricsEndpoints"]
+    assert (endpoint["port"], endpoint["path"]) == (port["name"], "/metrics")
+    (service,) = [d for d in found if d["kind"] == "Service" and "clusterIP" not in d["spec"]]
+    (served,) = service["spec"]["ports"]
+    (rule,) = only(found, "Ingress")["spec"]["rules"]
+    backend = {"name": service["metadata"]["name"], "port": {"name": served["name"]}}
+    assert all(path["backend"] == {"service": backend} for path in rule["http"]["paths"])
+    scaled = only(found, "HorizontalPodAutoscaler")["spec"]["scaleTargetRef"]
+    assert scaled == {
+        "apiVersion": deployment["apiVersion"],
+        "kind": deployment["kind"],
+        "name": deployment["metadata"]["name"],
+    }
+
+
+@CASES
+def test_a_drain_takes_one_pod_at_a_time(case):
+    budget = only(documents(case), "PodDisruptionBudget")["spec"]
+    assert budget["maxUnavailable"] == 1
+    assert "minAvailable" not in budget
+
+
 def test_a_rollout_finds_pods_that_are_not_ready():
     service = only(documents("minimal"), "Service", "-headless")["spec"]
     assert service["clusterIP"] == "None"
