@@ -31,11 +31,15 @@ def report(*arguments, code=0):
 
 
 class Page(HTMLParser):
-    """What a browser would make of it: elements, and the text between them."""
+    """What a browser would make of it: elements, the text between them, each section's tables.
+
+    ``tables``: by the section's anchor, each its caption and its rows, each the cells' texts.
+    """
 
     def __init__(self, text):
         super().__init__()
         self.tags, self.ids, self.links, self.text = [], set(), set(), ""
+        self.tables, self._into = {"": []}, None
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
@@ -43,9 +47,26 @@ class Page(HTMLParser):
         self.tags.append((tag, found))
         self.ids |= {found["id"]} if "id" in found else set()
         self.links |= {found["href"]} if tag == "a" else set()
+        section = list(self.tables.values())[-1]
+        if tag == "h2":
+            self.tables[found["id"]] = []
+        elif tag == "table":
+            section.append(["", []])
+        elif tag == "tr":
+            section[-1][1].append([])
+        elif tag in ("th", "td"):
+            section[-1][1][-1].append("")
+        self._into = tag if tag in ("th", "td", "caption") else self._into
+
+    def handle_endtag(self, tag):
+        self._into = None if tag == self._into else self._into
 
     def handle_data(self, data):
         self.text += data
+        if self._into == "caption":
+            list(self.tables.values())[-1][-1][0] += data
+        elif self._into:
+            list(self.tables.values())[-1][-1][1][-1][-1] += data
 
 
 def merged_of(family, tmp_path, **changes):

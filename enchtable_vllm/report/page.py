@@ -107,6 +107,7 @@ def _summary(facts: Facts) -> Html:
         "merged tensors": f"{counts['merged']:,}",
         "matrices": f"{len(facts.matrices):,}",
         "kept tensors": f"{counts['kept']:,}",
+        **({"refused tensors": f"{counts['refused']:,}"} if counts["refused"] else {}),
         "beta": f"{facts.norms.beta:g}",
         "median attenuation": number(facts.overall["attenuation"].median),
         "expected retained share": "not known"
