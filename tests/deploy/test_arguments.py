@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -49,10 +50,11 @@ def of_production_stack():
     return container["command"]
 
 
-COMMANDS = {f"chart, {case}": of_chart(case) for case in VALUES} | {
-    "compose": of_compose(),
-    "kserve": of_kserve(),
-    "production stack": of_production_stack(),
+#: Whose command line it is, and what makes it.
+COMMANDS = {f"chart, {case}": partial(of_chart, case) for case in VALUES} | {
+    "compose": of_compose,
+    "kserve": of_kserve,
+    "production stack": of_production_stack,
 }
 
 
@@ -81,7 +83,7 @@ def serve():
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_vllm_takes_the_command_line(serve, name):
-    parsed, load = serve(COMMANDS[name])
+    parsed, load = serve(COMMANDS[name]())
     assert parsed.model_tag.startswith(("/", "my-org/"))
     assert load.load_format == "enchtable"
     assert parsed.host == "0.0.0.0" or name == "compose"  # vLLM's own default is all interfaces
@@ -89,16 +91,16 @@ def test_vllm_takes_the_command_line(serve, name):
 
 
 def test_the_loaders_keys_arrive_as_they_were_given(serve):
-    _, load = serve(COMMANDS["chart, everything"])
+    _, load = serve(COMMANDS["chart, everything"]())
     given = VALUES["everything"]["loader"] | {"safety_vector": "sv-a", "vector_root": "/vectors"}
     assert load.model_loader_extra_config == given
-    _, load = serve(COMMANDS["chart, minimal"])
+    _, load = serve(COMMANDS["chart, minimal"]())
     assert load.model_loader_extra_config == {}
 
 
 def test_a_wrong_argument_would_be_noticed(serve, capsys):
     with pytest.raises(SystemExit):
-        serve([*COMMANDS["compose"], "--no-such-option=1"])
+        serve([*COMMANDS["compose"](), "--no-such-option=1"])
     assert "--no-such-option" in capsys.readouterr().err
 
 

@@ -4,10 +4,20 @@ import copy
 import re
 import tomllib
 
-import helm_python
 import pytest
 import yaml
-from manifests import CHART, DEPLOY, ROOT, VALUES, documents, only, pod_of, refuse_invalid, render
+from manifests import (
+    CHART,
+    DEPLOY,
+    ROOT,
+    VALUES,
+    documents,
+    helm,
+    only,
+    pod_of,
+    refuse_invalid,
+    render,
+)
 
 from enchtable_vllm.serving.config import LoaderConfig
 
@@ -28,7 +38,7 @@ def changed(values, dotted, value):
 
 @CASES
 def test_helm_has_nothing_to_say(case):
-    report = helm_python.lint(CHART, VALUES[case], strict=True)
+    report = helm().lint(CHART, VALUES[case], strict=True)
     said = [m["error"] for m in report["messages"]]
     assert (report["errors"], said) == ([], ["icon is recommended"])
 
@@ -138,7 +148,7 @@ def test_the_jobs_in_which_every_server_merges_can_be_named():
 
 def test_a_packaged_chart_renders_the_same(tmp_path):
     """Its links to the alerts and the dashboard are files then."""
-    packed = helm_python.package(CHART, destination=tmp_path)
+    packed = helm().package(CHART, destination=tmp_path)
     values = VALUES["everything"]
     assert render(values, packed) == render(values)
 
@@ -214,19 +224,19 @@ def test_notes_say_what_is_open():
 )
 def test_wrong_values_are_refused_by_name(dotted, value, says):
     values = changed(VALUES["minimal"], dotted, value)
-    with pytest.raises(helm_python.HelmError) as refused:
+    with pytest.raises(helm().HelmError) as refused:
         render(values)
     assert says in str(refused.value)
 
 
 def test_a_volume_and_a_download_exclude_each_other():
     values = changed(VALUES["hub"], "vectors.volume", {"emptyDir": {}})
-    with pytest.raises(helm_python.HelmError, match="got both"):
+    with pytest.raises(helm().HelmError, match="got both"):
         render(values)
 
 
 def test_the_loaders_keys_are_all_to_be_had():
-    with helm_python.Chart.load(CHART) as chart:
+    with helm().Chart.load(CHART) as chart:
         keys = set(chart.schema["properties"]["loader"]["properties"])
     # These two have values of their own.
     assert keys == LoaderConfig.model_fields.keys() - {"safety_vector", "vector_root"}
