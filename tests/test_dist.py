@@ -1,5 +1,9 @@
-"""'make dist': what is released is whole, and serves from where it is installed."""
+"""'make dist': what is released is whole, asks for what it imports, and serves from where it lies.
 
+It is installed beside this environment's packages, without asking an index for any.
+"""
+
+import ast
 import re
 import shlex
 import shutil
@@ -9,13 +13,16 @@ import sysconfig
 import tarfile
 import venv
 import zipfile
-from importlib.metadata import version
+from email import message_from_bytes
+from importlib.metadata import packages_distributions, requires, version
 from pathlib import Path
 
 import httpx
 import live
 import pytest
 from docs_text import ROOT, blocks, commands
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from enchtable_vllm.demo.server import Server, free_port
 from enchtable_vllm.plan.vector_root import VectorRoot
@@ -25,6 +32,10 @@ VERSION = version("enchtable-vllm")
 LEFT_OUT = shutil.ignore_patterns(
     ".*", "__pycache__", "*.egg-info", "build", "dist", "site", "shared", "fuzz-findings"
 )
+#: What whoever serves or plans has with vLLM; why it is not asked for is in pyproject.toml.
+OF_VLLM = {"vllm", "torch", "triton", "fastapi", "starlette", "prometheus_client"}
+#: What is imported only beside a package that is asked for, and that asks for it itself.
+BROUGHT = {"anyio": "openai", "cryptography": "pyopenssl"}
 
 
 def is_made(path):
@@ -49,7 +60,10 @@ def dist(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def installed(dist, tmp_path_factory):
-    """Commands of an environment that has the wheel, and beside it what this one has."""
+    """Commands of an environment that has the wheel, beside this environment's packages.
+
+    So it shows that the wheel is whole, not that what it asks for is enough: see the test of that.
+    """
     home = tmp_path_factory.mktemp("installed")
     venv.create(home, with_pip=False, symlinks=True)
     python = home / "bin" / "python"
@@ -111,6 +125,37 @@ def test_the_wheel_is_made_of_the_sdist_and_holds_the_packages_whole(dist):
     information = {name for name in held if name.startswith(f"enchtable_vllm-{VERSION}.dist-info/")}
     assert held - information == wanted
     assert f"enchtable_vllm-{VERSION}.dist-info/licenses/LICENSE" in information
+
+
+def test_what_is_imported_is_asked_for(dist):
+    """By the wheel itself or by one of its extras for users."""
+    (path,) = dist.glob("*.whl")
+    imported = set()
+    with zipfile.ZipFile(path) as wheel:
+        for name in wheel.namelist():
+            if name.endswith(".dist-info/METADATA"):
+                told = message_from_bytes(wheel.read(name)).get_all("Requires-Dist")
+            if name.endswith(".py"):
+                for node in ast.walk(ast.parse(wheel.read(name))):
+                    if isinstance(node, ast.Import):
+                        imported |= {alias.name.partition(".")[0] for alias in node.names}
+                    elif isinstance(node, ast.ImportFrom) and not node.level:
+                        imported.add(node.module.partition(".")[0])
+    ours = {"enchtable_vllm", "enchtable_kernels"}
+    foreign = imported - sys.stdlib_module_names - ours
+    assert foreign >= OF_VLLM | BROUGHT.keys(), "the lists hold nothing that is not imported"
+    asked = [Requirement(one) for one in told if not re.search(r'extra == "(dev|docs)"', one)]
+    names = {canonicalize_name(one.name) for one in asked}
+    of = packages_distributions()
+    missing = {
+        module
+        for module in foreign - OF_VLLM - BROUGHT.keys()
+        if not names & {canonicalize_name(name) for name in of.get(module, [module])}
+    }
+    assert missing == set()
+    for module, bringing in BROUGHT.items():
+        assert canonicalize_name(bringing) in names
+        assert module in {Requirement(one).name for one in requires(bringing)}
 
 
 def test_it_is_typed_and_of_the_wheel(installed, here):
