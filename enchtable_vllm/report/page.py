@@ -262,7 +262,12 @@ def _effort(facts: Facts) -> Iterator[Html]:
         yield paragraph("This plan does not say.")
         return
     yield table(("algorithm", "factorisations", "what it is"), rows)
-    hard = [m for m in facts.matrices if {"gram64", "svd64"} & set(m.rungs)]
+    order = list(_RUNGS)
+    hard = sorted(
+        (m for m in facts.matrices if {"gram64", "svd64"} & set(m.rungs)),
+        key=lambda m: sorted((order.index(rung) for rung in m.rungs), reverse=True),
+        reverse=True,
+    )
     if hard:
         yield table(
             ("tensor", "task delta", "safety delta"),
@@ -270,5 +275,6 @@ def _effort(facts: Facts) -> Iterator[Html]:
                 (cell(label(m.name), "" if m.expert is None else f"matrix {m.expert}"), *m.rungs)
                 for m in hard[:_MOST_HARD]
             ],
-            caption=f"{min(len(hard), _MOST_HARD)} of {len(hard):,} that needed fp64",
+            caption=f"{min(len(hard), _MOST_HARD)} of {len(hard):,} that needed fp64, "
+            "the slower algorithms first",
         )
