@@ -133,6 +133,18 @@ class Live(Server):
         self.http.close()
         super().__exit__(*error)
 
+    def ask_anew(self):
+        """Each request on a connection of its own from now on: any API server may get it."""
+        self.http.close()
+        alone = httpx.Limits(max_keepalive_connections=0)
+        self.http = httpx.Client(base_url=self.url, timeout=120, limits=alone)
+
+    def swapped_by(self):
+        """The API server that each swap was asked of, in the order of their ends: by the log."""
+        text = self.log.read_text(encoding="utf-8", errors="replace")
+        ends = r"swap not done|safety vector (?:swapped|rolled_back|unchanged|dry_run)"
+        return re.findall(rf"^\((A\w+Server\w*) .*\] (?:{ends})\b", text, re.MULTILINE)
+
     def get(self, path):
         response = self.http.get(path)
         return response.status_code, response.json()

@@ -68,6 +68,23 @@ def perturbed(
     return target
 
 
+def add_tokenizer(folder: Path) -> None:
+    """One token for each byte, and a name for each of the rest, so that every answer has text."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
+    names = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    names += [f"Word{number}" for number in range(len(names), 512)]
+    vocabulary = {name: number for number, name in enumerate(names)}
+    tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(folder)
+
+
 @dataclass(frozen=True)
 class Family:
     """A base model and all that comes of it.

@@ -4,7 +4,6 @@ import json
 import math
 from pathlib import Path
 
-import httpx
 import pytest
 from live import ADMIN, Live, make_root
 from prometheus import Prometheus, ours, samples
@@ -34,6 +33,17 @@ def scrape(server):
     return samples(ours(server.http.get("/metrics").text))
 
 
+def until_each_has_swapped(server, api_servers):
+    """What to swap to, ``sv-b`` last: which API server is asked is chance, and each is to be."""
+    yield from ["sv-b", "@none", "sv-a"] * api_servers
+    yield "sv-b"
+    for _ in range(20):
+        if len(set(server.swapped_by())) == api_servers:
+            return
+        yield from ["@none", "sv-a", "sv-b"]
+    raise AssertionError("the other API server was never asked")
+
+
 @pytest.mark.supports("metrics of swaps, one API server and several")
 @pytest.mark.parametrize("api_servers", [1, 2])
 def test_what_swaps_do_is_scraped(family, tmp_path, api_servers):
@@ -43,16 +53,13 @@ def test_what_swaps_do_is_scraped(family, tmp_path, api_servers):
         Live(root, tmp_path / "log", *several) as server,
         Prometheus(server.url, tmp_path / "prometheus") as prometheus,
     ):
-        # Each request on a connection of its own: either API server may get it.
-        server.http.close()
-        alone = httpx.Limits(max_keepalive_connections=0)
-        server.http = httpx.Client(base_url=server.url, timeout=120, limits=alone)
-
+        server.ask_anew()
         assert prometheus.ask_until('enchtable_active_vector_info{name="sv-a"}', 1) == 1
         server.tokens()  # for what vLLM's own metrics show
         paused_seconds = 0.0
-        targets = [*["sv-b", "@none", "sv-a"] * api_servers, "sv-b"]
-        for target in targets:
+        targets = []
+        for target in until_each_has_swapped(server, api_servers):
+            targets.append(target)
             paused_seconds += server.swapped(target)["paused_seconds"]
             shown = scrape(server)
             active = [k for k, v in shown.items() if k.startswith("enchtable_active") and v]

@@ -28,22 +28,6 @@ QUICK = ["--pause", "0", "--patience", "3s"]
 DOES_NOT_ANSWER = {"state": "lost", "serves": None}
 
 
-def add_tokenizer(folder):
-    """One token for each byte, and a name for each of the rest, so that every answer has text."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    names = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    names += [f"Word{number}" for number in range(len(names), 512)]
-    vocabulary = {name: number for number, name in enumerate(names)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    ).save_pretrained(folder)
-
-
 @dataclass
 class Fleet:
     """Three servers.
@@ -139,7 +123,7 @@ def states(events):
 def three(family, tmp_path_factory):
     folder = tmp_path_factory.mktemp("fleet")
     family = models.copy_family(family, folder / "family")
-    add_tokenizer(family.task)
+    models.add_tokenizer(family.task)
     shared = live.make_root(family, folder / "shared")
     own = replace(shared, path=folder / "own")
     shutil.copytree(shared.path, own.path)
@@ -370,4 +354,24 @@ def test_a_server_killed_in_the_middle(fleet):
     code, events = fleet.roll_out()
     assert (code, states(events)) == (3, ["restored", "untouched", "untouched"]), events
     assert of_kind(events, "resumed")[0]["going"] == "back"
+    assert fleet.names() == fleet.desired() == ["sv-a"] * 3
+
+
+def test_a_server_that_dies_in_the_middle_is_noticed(fleet):
+    """Nobody tells the roll-out: its check finds it, the others go back, and it is listed."""
+    process = fleet.begin("--pause", "2s")
+    wait_for(process, "swapped", url=fleet.servers[1].url)
+    fleet.kill(1)
+    code, events = ended(process)
+    assert (code, states(events)) == (4, ["restored", "lost", "untouched"]), events
+    assert not of_kind(events, "interrupted")
+    (failed,) = [event for event in of_kind(events, "checked") if not event["ok"]]
+    assert fleet.servers[1].url in str(failed["faults"])
+    assert [event["url"] for event in of_kind(events, "rolled_back")] == [fleet.servers[0].url]
+    assert events[-1]["targets"][1].items() >= DOES_NOT_ANSWER.items()
+    assert fleet.desired() == ["sv-a"] * 3
+    fleet.restart(1)
+    assert fleet.names() == ["sv-a"] * 3
+    code, events = fleet.roll_out()  # of the journal only it is left, and it is back already
+    assert (code, states(events)) == (3, ["restored", "restored", "untouched"]), events
     assert fleet.names() == fleet.desired() == ["sv-a"] * 3

@@ -2,6 +2,7 @@
 
 import json
 import re
+import secrets
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,6 +12,7 @@ import live
 import pytest
 
 SLOWLY = 3.0
+KEY = {"Authorization": "Bearer inference-key"}
 OUTLASTING = 2000  # tokens of which no machine is so fast that a swap did not come in between
 
 
@@ -34,7 +36,8 @@ def server(root, fault, tmp_path_factory):
         "--max-model-len", str(OUTLASTING + 8),
     )  # fmt: skip
     with live.Live(root, log, *arguments, variables=variables) as server:
-        server.http.headers["Authorization"] = "Bearer inference-key"
+        server.ask_anew()
+        server.http.headers.update(KEY)
         yield server
 
 
@@ -46,53 +49,73 @@ def on_sv_a(server, fault):
         server.swapped("sv-a")
 
 
-READ = [("GET", "/v1/enchtable/status"), ("GET", "/v1/enchtable/vectors")]
-CHANGE = [
-    ("POST", "/v1/enchtable/swap"),
-    ("POST", "/v1/enchtable/rollback"),
-    ("POST", "/v1/enchtable/probe"),
-]
-KEY = {"Authorization": "Bearer inference-key"}
+ROUTE = re.compile(r"(/v1)?/enchtable/")
 WRONG = {"X-Enchtable-Admin-Token": "open-sesame-open-sesam3"}
+#: So that whoever is let in changes nothing; a route that is not here gets an empty object.
+BODIES = {
+    "/v1/enchtable/swap": {"safety_vector": "sv-b", "dry_run": True},
+    "/v1/enchtable/rollback": {"expected_epoch": 10**6},
+}
+
+
+def routes(server):
+    """Every route of ours that there is: method, path, and what OpenAPI tells of it."""
+    paths = server.http.get("/openapi.json").json()["paths"]
+    return [
+        (method.upper(), path, told)
+        for path, methods in paths.items()
+        if ROUTE.match(path)
+        for method, told in methods.items()
+    ]
+
+
+def documented_routes():
+    """Method, path → whose credentials it wants."""
+    page = (Path(__file__).parents[2] / "docs" / "http-api.md").read_text()
+    rows = re.findall(r"^\| `(GET|POST) (\S+)` \| (.*?) \|", page, re.MULTILINE)
+    return {(method, path): who for method, path, who in rows}
 
 
 def test_every_route_with_every_kind_of_credentials(server):
-    """A dry run stands for a swap: whoever is let in changes nothing."""
-    body = json.dumps({"safety_vector": "sv-b", "dry_run": True})
+    """Whoever changes something needs both secrets, whoever reads under /v1 the API key."""
 
     def asked(method, path, **headers):
-        content = body if path.endswith("swap") else None
+        body = BODIES.get(path, {}) if method == "POST" else None
         with httpx.Client(base_url=server.url, timeout=60) as client:
-            return client.request(method, path, headers=headers, content=content)
+            answer = client.request(method, path, headers=headers, json=body)
+        try:
+            code = answer.json()["error"]["code"]
+        except (LookupError, TypeError, ValueError):
+            code = None
+        return answer.status_code, code
 
-    for method, path in READ:
-        assert asked(method, path).status_code == 401
-        assert asked(method, path, **live.ADMIN).status_code == 401  # it is not the API key
-        assert asked(method, path, **KEY).status_code == 200
-    for method, path in CHANGE:
-        assert asked(method, path).status_code == 401
-        assert asked(method, path, **live.ADMIN).status_code == 401
-        only_key = asked(method, path, **KEY)
-        assert (only_key.status_code, only_key.json()["error"]["code"]) == (
-            401,
-            "admin_token_missing",
-        )
-        wrong = asked(method, path, **KEY, **WRONG)
-        assert (wrong.status_code, wrong.json()["error"]["code"]) == (403, "admin_token_wrong")
-        right = asked(method, path, **KEY, **live.ADMIN)
-        assert right.status_code == (409 if path.endswith("rollback") else 200), right.text
-    assert asked("GET", "/enchtable/ready").status_code == 200
-    secret = server.log.read_text()
-    assert live.TOKEN not in secret
-    assert WRONG["X-Enchtable-Admin-Token"] not in secret
+    found = {(method, path) for method, path, _ in routes(server)}
+    documented = documented_routes()
+    assert found == documented.keys()
+    for method, path in sorted(found):
+        if documented[method, path] == "none":
+            assert asked(method, path) == (200, None), path
+            continue
+        for headers in ({}, live.ADMIN, {"Authorization": "Bearer another"}):  # none the API key
+            assert asked(method, path, **headers)[0] == 401, path
+        if method == "GET":
+            assert documented[method, path] == "API key"
+            assert asked(method, path, **KEY) == (200, None), path
+            continue
+        assert documented[method, path] == "admin"
+        assert asked(method, path, **KEY) == (401, "admin_token_missing"), path
+        assert asked(method, path, **KEY, **WRONG) == (403, "admin_token_wrong"), path
+        let_in = (409, "wrong_epoch") if path.endswith("/rollback") else (200, None)
+        assert asked(method, path, **KEY, **live.ADMIN) == let_in, path
+    log = server.log.read_text()
+    assert live.TOKEN not in log
+    assert WRONG["X-Enchtable-Admin-Token"] not in log
 
 
 def test_the_interface_is_on_the_openapi_page(server):
-    document = server.http.get("/openapi.json").json()
-    for method, path in (*READ, *CHANGE, ("GET", "/enchtable/ready")):
-        operation = document["paths"][path][method.lower()]
-        assert operation["summary"]
-    swap = document["paths"]["/v1/enchtable/swap"]["post"]
+    told = {path: operation for _, path, operation in routes(server)}
+    assert all(operation["summary"] for operation in told.values())
+    swap = told["/v1/enchtable/swap"]
     schema = swap["requestBody"]["content"]["application/json"]["schema"]
     assert set(schema["properties"]) == {
         "safety_vector", "beta", "pause", "dry_run", "persist", "expected_epoch",
@@ -165,10 +188,14 @@ def test_what_is_refused_changes_nothing(server, name):
     assert server.tokens() == tokens
 
 
-def test_infinity_is_no_beta(server):
-    content = '{"safety_vector": "sv-b", "beta": Infinity}'
+@pytest.mark.parametrize("beta", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_what_is_not_finite_is_no_beta(server, beta):
+    before = server.status()["epoch"]
+    content = f'{{"safety_vector": "sv-b", "beta": {beta}}}'
     answer = server.http.post("/v1/enchtable/swap", content=content, headers=live.ADMIN)
-    assert answer.status_code == 422
+    assert (answer.status_code, answer.json()["error"]["code"]) == (422, "invalid_request")
+    assert "beta" in answer.json()["error"]["message"]
+    assert server.status()["epoch"] == before
 
 
 def test_what_is_missing_is_named_with_its_command(server, root):
@@ -249,8 +276,17 @@ def test_vectors(server):
 
 def test_of_two_at_once_one_wins_whichever_server_they_ask(server, fault):
     """Two API servers have no lock between them: it is on the ranks."""
-    server.swapped_once(fault, "sv-b", clients=6)
-    assert server.status()["active"]["safety_vector"] == "sv-b"
+    asked = set()
+    for name in ["sv-b", "sv-a"] * 10:  # until chance has sent some of the six to either
+        before = len(server.swapped_by())
+        server.swapped_once(fault, name, clients=6)
+        assert server.status()["active"]["safety_vector"] == name
+        answered = server.swapped_by()[before:]
+        assert len(answered) == 6
+        asked = set(answered)
+        if len(asked) == 2:
+            break
+    assert asked == {"ApiServer_0", "ApiServer_1"}
 
 
 def test_serving_goes_on_while_a_vector_is_staged(server, fault):
@@ -305,6 +341,47 @@ def test_running_requests(server, fault, pause):
         assert set(reasons) <= {"abort", "length"}
     else:
         assert reasons == ["length"] * 3
+
+
+def spoken(server, prompt, max_tokens):
+    """Each token of a greedy answer, with its logprob, as they come; nothing cached is used."""
+    body = {
+        "model": str(server.command[2]), "prompt": prompt, "max_tokens": max_tokens,
+        "temperature": 0, "ignore_eos": True, "stream": True, "detokenize": False,
+        "logprobs": 1, "return_token_ids": True, "return_tokens_as_token_ids": True,
+        "cache_salt": secrets.token_hex(8),
+    }  # fmt: skip
+    with server.http.stream("POST", "/v1/completions", json=body) as answer:
+        assert answer.status_code == 200
+        for line in answer.iter_lines():
+            if line.startswith("data: {"):
+                (choice,) = json.loads(line.removeprefix("data: "))["choices"]
+                logprobs = choice["logprobs"]["token_logprobs"]
+                yield from zip(choice["token_ids"], logprobs, strict=True)
+
+
+def test_every_token_of_a_kept_request_is_of_the_old_weights_or_of_the_new(server, fault):
+    """To the last bit of its logprob: some that the old weights say, then what the new ones say.
+
+    Asked one at a time: requests that are computed together round differently. On a machine that
+    is busy with other things the swap may come after the last token; then more are asked for.
+    """
+    prompt = [1, 5, 9, 200, 17]
+    for tokens in (OUTLASTING // 4, OUTLASTING // 2, OUTLASTING, OUTLASTING, OUTLASTING):
+        old = list(spoken(server, prompt, tokens))
+        with server.held(fault, "sv-b") as swap:
+            answer = spoken(server, prompt, tokens)
+            kept = [next(answer)]
+        assert swap.result()[1]["outcome"] == "swapped"
+        kept += answer
+        if kept != old:
+            break
+        server.swapped("sv-a")
+    first = [mine == theirs for mine, theirs in zip(kept, old, strict=True)].index(False)
+    assert first > 0
+    assert [token for token, _ in kept] != [token for token, _ in old]
+    said = [token for token, _ in kept[:first]]
+    assert kept[first:] == list(spoken(server, prompt + said, tokens - first))
 
 
 def test_an_answer_tells_the_version_it_ended_with(server, fault):

@@ -1,4 +1,7 @@
-"""README's "Swap without a restart", typed in as it stands, with names put for its placeholders."""
+"""README's "Swap without a restart" and "Metrics", typed in as they stand.
+
+Names are put for placeholders; what is added to a server is what a small machine needs.
+"""
 
 import json
 import re
@@ -8,15 +11,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import live
 import pytest
+from prometheus import samples
 
 from enchtable_vllm.demo.server import Server, free_port
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
-SECTION = re.search(r"^### Swap without a restart\n+```\n(.*?)^```", README, re.M | re.S)[1]
-#: A line each; what continues a command is indented, what is optional is in brackets.
-LINES = re.sub(r"\s*\[[^\]]*\]", "", re.sub(r"\n +", " ", SECTION)).splitlines()
+
+
+def typed(title):
+    """The commands of a section; what is optional is left out."""
+    block = re.search(rf"^### {title}\n+```\n(.*?)^```", README, re.M | re.S)[1]
+    # What continues a command is indented, what is optional is in brackets.
+    return re.sub(r"\s*\[[^\]]*\]", "", re.sub(r"\n +", " ", block)).splitlines()
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +37,7 @@ def test_each_command_does_what_it_says(root, tmp_path):
     token = tmp_path / "token"
     token.write_text(live.TOKEN)
     token.chmod(0o600)
-    exported, serve, *commands = LINES
+    exported, serve, *commands = typed("Swap without a restart")
     variables = dict(word.split("=", 1) for word in shlex.split(exported)[1:])
     variables["ENCHTABLE_ADMIN_TOKEN_FILE"] = str(token)
     names = {
@@ -90,3 +99,33 @@ def test_each_command_does_what_it_says(root, tmp_path):
         assert served() == "sv-other"
         current = json.loads((root.path / "current.json").read_text())
         assert current["safety_vector"] == "sv-other"
+
+
+def test_metrics_are_scraped_where_nobody_may_change_anything(family, tmp_path, monkeypatch):
+    """No admin token: what would change something is not there."""
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    serve, scrape = typed("Metrics")
+    variable, *words = shlex.split(serve.replace("TASK", str(family.task)))
+    assert words[:2] == ["vllm", "serve"]
+    arguments = [*words[3:], *live.ARGUMENTS[2:], "--enforce-eager"]
+    variables = dict([variable.split("=", 1)])
+    with Server(
+        Path(words[2]), arguments, tmp_path / "log", port=free_port(), variables=variables
+    ) as server:
+        command = scrape.replace("localhost:8000", server.url)
+        assert command != scrape
+        shown = samples(subprocess.check_output(["bash", "-c", command], text=True))
+        assert shown["enchtable_ready"] == 1
+        assert shown["enchtable_epoch"] == 0
+        assert shown["enchtable_swap_seconds_count"] == 0  # which no server without our routes has
+        told = httpx.get(f"{server.url}/v1/enchtable/status").json()
+        assert told["active"]["safety_vector"] == "safety-vector"
+        assert told["weight_version"] in str(shown.keys())
+        for name in ("swap", "rollback", "probe"):
+            path = f"{server.url}/v1/enchtable/{name}"
+            answer = httpx.post(path, json={"safety_vector": "@none"}, headers=live.ADMIN)
+            assert answer.status_code == 404, name
+        assert httpx.get(f"{server.url}/v1/enchtable/status").json() == told
+        paths = httpx.get(f"{server.url}/openapi.json").json()["paths"]
+        ours = {path for path in paths if "enchtable" in path}
+        assert ours == {"/enchtable/ready", "/v1/enchtable/status", "/v1/enchtable/vectors"}
