@@ -6,6 +6,7 @@ missed, a page out of date; 2 wrong usage.
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -147,6 +148,8 @@ def _write(stale: Iterable[tuple[Path, str]], check: bool) -> None:
 
 def main() -> None:
     """Run the command; a refusal is one message, never a traceback."""
+    # As SIGINT: servers that were started are stopped.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         app(prog_name="python -m benchmarks")
     except EnchTableError as error:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -169,3 +170,26 @@ def test_wrong_usage_and_version():
     assert CliRunner().invoke(cli.app, ["plan"]).exit_code == 2
     assert CliRunner().invoke(cli.app, ["plan", "--scope", "everything"]).exit_code == 2
     assert "enchtable-vllm 0.1.0" in CliRunner().invoke(cli.app, ["--version"]).output
+
+
+def test_a_signal_decides_the_exit_code_whatever_a_library_made_of_it():
+    """Such as one that takes the exit for a failure of the sample that it was asking."""
+    program = """
+import os, signal
+from enchtable_vllm import cli
+from enchtable_vllm.errors import EnchTableError
+
+def app():
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+    except SystemExit:
+        raise EnchTableError("a sample", expected="an answer", got="none", fix="Ask again.")
+
+cli.app = app
+cli.main()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 128 + signal.SIGTERM
+    assert done.stderr == "stopped by SIGTERM\n"

@@ -102,7 +102,12 @@ def _root(
     pass
 
 
+#: What told this command to stop.
+_told: list[int] = []
+
+
 def _stop(number: int, _: FrameType | None) -> None:
+    _told.append(number)
     errors.print(f"stopped by {signal.Signals(number).name}")
     sys.exit(128 + number)
 
@@ -115,6 +120,8 @@ def main() -> None:
     try:
         app()
     except EnchTableError as error:
+        if _told:  # a library took the exit for a failure of what it was doing
+            sys.exit(128 + _told[0])
         errors.print(f"[bold red]{type(error).__name__}[/bold red]", end=": ")
         errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)

@@ -27,6 +27,7 @@ from enchtable_vllm.plan import (
     PlanOptions,
     VectorLocation,
     compute_plan,
+    plan_digest,
 )
 from enchtable_vllm.plan.journal import Journal
 from enchtable_vllm.plan.masks import MaskWriter
@@ -119,14 +120,19 @@ def plan(
                 journal=journal,
                 progress=progress,
             )
-            partial.write_text(made.to_json(), encoding="utf-8")
+            text = made.to_json()
+            partial.write_text(text, encoding="utf-8")
     attenuations = [x for tensor in made.merged.values() for x in tensor.attenuation]
     median = statistics.median(attenuations)
     for warning in outcome_warnings(median, made.retained_share, made.beta):
         warn(warning)
     kinds = summarize(made)
     if as_json:
-        print_json(_to_json(made, kinds, path))
+        slowest = dict(sorted(journal.seconds.items(), key=lambda item: -item[1]))
+        print_json(
+            _to_json(made, kinds, path)
+            | {"plan_digest": plan_digest(text.encode()), "seconds": slowest}
+        )
     else:
         _print(made, kinds, path, task, vector.location)
 

@@ -21,7 +21,7 @@ from enchtable_vllm.cli.vector import JsonOption
 from enchtable_vllm.errors import ConfigError
 from enchtable_vllm.plan import PLAN_FILE, read_plan, resolve_plan
 from enchtable_vllm.report import collect, report_page
-from enchtable_vllm.report.merged import Merged
+from enchtable_vllm.report.printed import Merged, Planned
 from enchtable_vllm.report.served import Served, ask
 from enchtable_vllm.vector import SafetyVector, Scope
 
@@ -35,6 +35,10 @@ def report(
     safety_vector: Annotated[
         str | None,
         typer.Option(help="Its vector: also say where that comes from.", show_default=False),
+    ] = None,
+    plan_report: Annotated[
+        Path | None,
+        typer.Option(help="What 'enchtable plan --json' printed.", show_default=False),
     ] = None,
     merge_report: Annotated[
         Path | None,
@@ -62,16 +66,18 @@ def report(
     target = None if server is None else one_target(server)
     made, digest = read_plan(plan)
     resolved = resolve_plan(made, digest, beta=beta, scope=scope)
+    planned = None if plan_report is None else Planned.read(plan_report)
     merged = None if merge_report is None else Merged.read(merge_report)
     vector = None if safety_vector is None else SafetyVector.open(safety_vector)
     if output is not None:
-        _refuse_input(output, [plan, *([merge_report] if merge_report else [])], vector)
+        given = [path for path in (plan, plan_report, merge_report) if path is not None]
+        _refuse_input(output, given, vector)
     served: Served | None = None
     if target is not None:
         access = Access(api_key_file=api_key_file, ca_file=ca_file)
         (client,) = access.connect([target], admin=False)
         served = asyncio.run(ask(client))
-    facts = collect(resolved, vector=vector, merged=merged, served=served)
+    facts = collect(resolved, vector=vector, planned=planned, merged=merged, served=served)
     if output is not None:
         with FileTransaction(output) as partial:
             partial.write_text(report_page(facts), encoding="utf-8")

@@ -139,8 +139,8 @@ def test_an_interrupted_sweep_gives_the_server_back_and_goes_on(sets, tmp_path, 
         with start(*asked, ENCHTABLE_ADMIN_TOKEN=TOKEN) as process:
             assert reached.wait(25)
             process.send_signal(how)
-            process.communicate(timeout=60)
-        assert process.returncode == 128 + how
+            said = process.communicate(timeout=60)
+        assert process.returncode == 128 + how, said
         assert (server.vector, server.beta) == ("sv-a", 0.5)
         assert json.loads((output / "tune.json").read_text())["restored"] is True
         slow[0] = False
