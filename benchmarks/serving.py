@@ -52,8 +52,8 @@ class Options(BaseOptions):
     """Of serving."""
 
     clients: tuple[int, ...] = Field(default=(1, 4), description="requests at once")
-    starts: int = Field(default=3, ge=1, description="of both servers")
-    pairs: int = Field(default=8, ge=1, description="of rounds, after each start")
+    starts: int = Field(default=2, ge=1, description="of both servers")
+    pairs: int = Field(default=6, ge=1, description="of rounds, after each start")
     prompt_tokens: int = Field(default=32, ge=1, description="of a request")
     output_tokens: int = Field(default=32, ge=2, description="of a request")
     offline: int = Field(default=1, ge=0, description="pairs of runs of each offline benchmark")
