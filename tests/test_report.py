@@ -10,7 +10,7 @@ from enchtable_vllm.errors import MergePlanError, MismatchError
 from enchtable_vllm.plan import read_plan, resolve_plan
 from enchtable_vllm.report import collect
 from enchtable_vllm.report.cells import place
-from enchtable_vllm.report.merged import Merged
+from enchtable_vllm.report.printed import Merged
 from enchtable_vllm.vector import SafetyVector
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import json
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,11 +43,15 @@ class Terms:
 
 @dataclass(frozen=True)
 class _Line:
-    """A finished tensor: the digests of what went in (task, base, delta), what came out."""
+    """A finished tensor: the digests of what went in (task, base, delta), what came of it.
+
+    ``seconds``: the work took; 0 in the files of versions that did not say.
+    """
 
     name: str
     digests: tuple[str, str, str]
     terms: Terms
+    seconds: float = 0.0
 
 
 _LINE = TypeAdapter(_Line)
@@ -59,6 +64,9 @@ class Journal:
         path: The file; made if it is missing, continued if it belongs to the same inputs.
         resume: False: begin anew whatever is there.
         announce: Called with how many matrices were done and how many there are, if any was.
+
+    Attributes:
+        seconds: Of each finished tensor: what its work took, in whichever run it was done.
 
     Raises:
         ConfigError: On entering: another process is planning to the same place.
@@ -74,6 +82,7 @@ class Journal:
         self.path = path
         self._resume = resume
         self._announce = announce
+        self.seconds: dict[str, float] = {}
         self._lines: dict[str, _Line] = {}
         self._lock = threading.Lock()
 
@@ -138,11 +147,13 @@ class Journal:
             compute: The work.
         """
         line = self._lines.get(name)
-        if line is not None and line.digests == digests:
-            return line.terms
-        line = _Line(name, digests, compute())
-        with self._lock:
-            self._file.write(_signed(_LINE.dump_json(line)))
+        if line is None or line.digests != digests:
+            began = time.monotonic()
+            terms = compute()
+            line = _Line(name, digests, terms, time.monotonic() - began)
+            with self._lock:
+                self._file.write(_signed(_LINE.dump_json(line)))
+        self.seconds[name] = line.seconds
         return line.terms
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence, Sized
 from enchtable_vllm.merge.report import outcome_warnings
 from enchtable_vllm.plan import ResolvedPlan
 from enchtable_vllm.report.cells import Matrix
-from enchtable_vllm.report.merged import Merged
+from enchtable_vllm.report.printed import Merged
 from enchtable_vllm.report.served import Served
 from enchtable_vllm.vector import SafetyVector
 

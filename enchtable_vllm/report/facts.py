@@ -13,8 +13,8 @@ from pydantic_core import to_jsonable_python
 from enchtable_vllm.plan import ResolvedPlan
 from enchtable_vllm.report.cells import Cell, Matrix, Spread, cells, matrices
 from enchtable_vllm.report.concerns import concerns
-from enchtable_vllm.report.merged import Merged
 from enchtable_vllm.report.origin import Link, chain
+from enchtable_vllm.report.printed import Merged, Planned
 from enchtable_vllm.report.served import Served
 from enchtable_vllm.vector import SafetyVector
 
@@ -67,6 +67,7 @@ class Facts:
         matrices: Every matrix; too many to print, so not in `to_json`.
         fates: What happens to each tensor, and why.
         rungs: How many factorisations each algorithm did; the later ones are the slower ones.
+        seconds: What each tensor's linear algebra took, where that was given.
         merged, served: What was found out besides the plan, where it was asked for.
     """
 
@@ -82,6 +83,7 @@ class Facts:
     matrices: tuple[Matrix, ...]
     fates: tuple[Fate, ...]
     rungs: dict[str, int]
+    seconds: dict[str, float] | None = None
     merged: Merged | None = None
     served: Served | None = None
 
@@ -97,6 +99,7 @@ def collect(
     resolved: ResolvedPlan,
     *,
     vector: SafetyVector | None = None,
+    planned: Planned | None = None,
     merged: Merged | None = None,
     served: Served | None = None,
 ) -> Facts:
@@ -105,16 +108,18 @@ def collect(
     Args:
         resolved: The plan, with β and scope in force.
         vector: The safety vector, opened; its manifest says where it comes from.
+        planned: What ``enchtable plan --json`` said.
         merged: What ``enchtable merge --json`` said.
         served: What a server says.
 
     Raises:
-        MismatchError: The vector or the merge is not this plan's.
+        MismatchError: The vector, or what a command said, is not this plan's.
     """
     if vector is not None:
         resolved.check_vector(vector)
-    if merged is not None:
-        merged.check(resolved)
+    for said in (planned, merged):
+        if said is not None:
+            said.check(resolved)
     plan = resolved.plan
     found = matrices(resolved)
     grid = cells(resolved, found)
@@ -139,6 +144,7 @@ def collect(
         matrices=tuple(found),
         fates=tuple(_fates(resolved)),
         rungs=dict(Counter(rung for matrix in found for rung in matrix.rungs)),
+        seconds=None if planned is None else planned.seconds,
         merged=merged,
         served=served,
     )

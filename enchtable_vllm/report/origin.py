@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from enchtable_vllm.plan import ResolvedPlan
 from enchtable_vllm.plan.merge_plan import VectorLocation
-from enchtable_vllm.report.merged import Merged
+from enchtable_vllm.report.printed import Merged
 from enchtable_vllm.report.served import Served
 from enchtable_vllm.vector import ModelReference, SafetyVector
 

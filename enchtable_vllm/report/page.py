@@ -251,6 +251,17 @@ def _tensors(facts: Facts) -> Iterator[Html]:
 
 
 def _effort(facts: Facts) -> Iterator[Html]:
+    if facts.seconds:
+        slowest = sorted(facts.seconds.items(), key=lambda item: -item[1])[:_MOST_HARD]
+        total = sum(facts.seconds.values())
+        yield table(
+            ("tensor", "seconds", "share of all"),
+            [(label(name), number(s), f"{s / (total or 1):.1%}") for name, s in slowest],
+            caption=f"{len(slowest)} of {len(facts.seconds):,} tensors, the slowest first, by "
+            f"the time of their linear algebra: {number(total)} seconds in all, added up over "
+            "what ran at once",
+            kind="sortable",
+        )
     yield paragraph(
         "A plan is the same bytes wherever it is made, so it holds no times. It says which "
         "algorithm each factorisation needed; the later ones in this table are the slower ones.",
