@@ -27,10 +27,10 @@ class Browser(Chrome):
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         self.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": medium, "features": features})
 
-    def picture(self, height: int | None = None) -> bytes:
-        """A PNG of the page, or of its top."""
+    def picture(self, height: float | None = None, top: float = 0) -> bytes:
+        """A PNG of the page, or of a part of it."""
         box = self.execute_cdp_cmd("Page.getLayoutMetrics", {})["cssContentSize"]
-        clip = {"x": 0, "y": 0, "width": box["width"], "height": height or box["height"]}
+        clip = {"x": 0, "y": top, "width": box["width"], "height": height or box["height"] - top}
         options = {"captureBeyondViewport": True, "clip": clip | {"scale": 1}}
         return base64.b64decode(self.execute_cdp_cmd("Page.captureScreenshot", options)["data"])
 

@@ -1,4 +1,4 @@
-"""Draws the pictures of docs/report.md: 'make screenshots'."""
+"""Draws the pictures of docs/report.md: 'make screenshots'. The browser's tests draw alike."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import io
 import tempfile
 from pathlib import Path
 
-from browser import chromium
+from browser import Browser, chromium
 from PIL import Image
 from plans import dense, digest, make_plan
 
@@ -14,7 +14,23 @@ from enchtable_vllm.plan import resolve_plan
 from enchtable_vllm.report import collect, report_page
 
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
-WIDTH, HEIGHT = 1100, 1240
+#: How wide a page is shown; print: A4 between Chromium's own margins.
+WIDTHS = {"light": 1100, "dark": 1100, "print": 718}
+HEIGHT = 1240
+
+
+def pose(browser: Browser, page: Path, how: str) -> None:
+    """Open a page as a light or dark screen shows it, or as it is printed."""
+    browser.show(page, width=WIDTHS[how], dark=how == "dark")
+    if how == "print":
+        browser.prefer("light", "print")
+
+
+def draw(browser: Browser, path: Path, top: float = 0, height: float | None = None) -> Image.Image:
+    """A PNG of the page as it stands, or of a part of it; a pixel for each of CSS."""
+    image = Image.open(io.BytesIO(browser.picture(height, top))).convert("RGB")
+    image.quantize(96).save(path, optimize=True)
+    return image
 
 
 def main() -> None:
@@ -29,11 +45,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, chromium(Path(folder)) as browser:
         page = Path(folder) / "report.html"
         page.write_text(report_page(collect(resolve_plan(plan, digest(9)))), encoding="utf-8")
-        for scheme in ("light", "dark"):
-            browser.show(page, width=WIDTH, dark=scheme == "dark")
-            drawn = Image.open(io.BytesIO(browser.picture(HEIGHT)))
-            small = drawn.convert("RGB").quantize(96)
-            small.save(IMAGES / f"report-{scheme}.png", optimize=True)
+        for how in ("light", "dark"):
+            pose(browser, page, how)
+            draw(browser, IMAGES / f"report-{how}.png", height=HEIGHT)
+        for how, name, first, after in (
+            ("light", "distributions", "spread", "matrices"),
+            ("print", "print", "layers", "spread"),
+        ):
+            pose(browser, page, how)
+            top, below = (
+                browser.execute_script(f"return document.getElementById('{anchor}').offsetTop")
+                for anchor in (first, after)
+            )
+            draw(browser, IMAGES / f"report-{name}.png", top - 12, below - top)
 
 
 if __name__ == "__main__":

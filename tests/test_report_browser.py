@@ -4,10 +4,12 @@ import base64
 import re
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from browser import chromium
 from plans import dense, digest, make_plan
 from reports import HOSTILE
+from screenshots import WIDTHS, draw, pose
 from selenium.webdriver import ActionChains, Keys
 
 from enchtable_vllm.plan import resolve_plan
@@ -214,3 +216,83 @@ def test_printed_it_is_dark_on_white_whatever_the_screen_is(browser, page):
     printed = browser.execute_cdp_cmd("Page.printToPDF", {"paperWidth": 8.27, "paperHeight": 11.7})
     pages = base64.b64decode(printed["data"]).count(b"/Type /Page\n")
     assert 2 <= pages <= 12
+
+
+#: Where everything is, in pixels of the whole page: left, top, right, bottom, and what it is.
+PLACES = """
+const box = (e, what) => {
+  const b = e.getBoundingClientRect();
+  return [b.left + scrollX, b.top + scrollY, b.right + scrollX, b.bottom + scrollY, what];
+};
+const all = (selector, what, within = document) => [...within.querySelectorAll(selector)]
+  .filter((e) => e.checkVisibility()).map((e) => box(e, what(e)));
+const name = (e) => e.tagName + " " + e.textContent.slice(0, 50);
+return {
+  sections: all("h2", (e) => e.id),
+  blocks: all("main > *", name),
+  parts: all("figure > *", name),
+  figures: all("figure", name),
+  charts: all("svg", (e) => e.ariaLabel),
+  words: [...document.querySelectorAll("svg")].map((svg) => all("text", name, svg)),
+  painted: all("svg rect:not(.none)", (e) => getComputedStyle(e).fill),
+  all: all("main *:not(svg *):not(title)", name),
+};
+"""
+
+
+def overlaps(boxes):
+    """Pairs that share more than a pixel each way."""
+    a = np.array([box[:4] for box in boxes])
+    low, high = np.maximum(a[:, None, :2], a[:, :2]), np.minimum(a[:, None, 2:], a[:, 2:])
+    found = np.argwhere(np.triu(((high - low) > 1).all(axis=2), k=1))
+    return [(boxes[i][4], boxes[j][4]) for i, j in found]
+
+
+@pytest.mark.parametrize(
+    ("how", "opened"),
+    [*((how, False) for how in WIDTHS), ("light", True), ("print", True)],
+    ids=lambda value: value if isinstance(value, str) else ("closed", "open")[value],
+)
+def test_everything_is_drawn_in_its_place(browser, page, tmp_path, how, opened):
+    """By its picture: charts hold what they should, in its colours; nothing covers anything."""
+    pose(browser, page, how)
+    browser.execute_script(
+        f"document.querySelectorAll('details').forEach((d) => d.open = {opened:d})"
+    )
+    found = browser.execute_script(PLACES)
+    pixels = np.asarray(draw(browser, tmp_path / f"{how}.png"))
+    assert pixels.shape[1] == WIDTHS[how]
+    paper = pixels[2, 2]
+    ink = (np.abs(pixels.astype(int) - paper) > 24).any(axis=2)
+
+    def inked(box):
+        left, top, right, bottom = (round(edge) for edge in box[:4])
+        return ink[top:bottom, max(left, 0) : right].mean()
+
+    tops = [box[1] for box in found["sections"]] + [len(pixels)]
+    for (*_, name), (top, below) in zip(found["sections"], pairwise(tops), strict=True):
+        assert inked((0, top + 40, WIDTHS[how], below)) > 0.005, name
+    assert len(found["charts"]) == 4 + 4 + 1 + 1  # heat maps, histograms, by module, by layer
+    for chart in found["charts"]:
+        assert inked(chart) > 0.05, chart
+
+    def shows(box, colour):
+        """Somewhere across its middle: a stroke for a median may cover one spot."""
+        wanted = [int(part) for part in re.findall(r"\d+", colour)]
+        left, top, right, bottom = box
+        across = [int(left + share * (right - left)) for share in (0.2, 0.5, 0.8)]
+        return any(pixels[int((top + bottom) / 2), x].tolist() == wanted for x in across)
+
+    wrong = [
+        (place, colour)
+        for *place, colour in found["painted"]
+        if place[2] < WIDTHS[how] and place[3] - place[1] > 3
+        if not shows(place, colour)
+    ]
+    assert not wrong[:5]
+    for kind in ("blocks", "parts", "figures"):
+        assert not overlaps(found[kind])[:5], kind
+    for words in found["words"]:
+        assert not overlaps(words)[:5]
+    inner = found["all"] if how == "print" else found["blocks"] + found["figures"]
+    assert not [box for box in inner if box[2] > WIDTHS[how] + 0.5 or box[0] < 0][:5]
