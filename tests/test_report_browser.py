@@ -156,17 +156,32 @@ def test_by_keyboard(browser, page):
     assert browser.execute_script("return document.activeElement.parentElement.open")
 
 
-def test_tables_are_sorted_by_their_columns_names(browser, page):
+@pytest.mark.parametrize(
+    "keys",
+    [(Keys.ENTER, Keys.SPACE), (Keys.SPACE, Keys.ENTER), None],
+    ids=["enter, space", "space, enter", "pointer"],
+)
+def test_tables_are_sorted_by_their_columns_names(browser, page, keys):
+    """By the pointer, and by the keys that press whatever Tab has come to."""
     browser.show(page)
     table = "[...document.querySelectorAll('#matrices + .scroll tr')]"
     column = f"return {table}.slice(1).map((row) => parseFloat(row.cells[2].textContent))"
-    press = f"{table}[0].cells[2].querySelector('button').click()"
+    button = f"{table}[0].cells[2].querySelector('button')"
     assert len(browser.execute_script(column)) == 60
-    for order, reverse in (("ascending", False), ("descending", True)):
-        browser.execute_script(press)
+    browser.execute_script(f"{table}[0].cells[1].querySelector('button').focus()")
+    ActionChains(browser).send_keys(Keys.TAB).perform()
+    assert browser.execute_script(f"return document.activeElement === {button}")
+    outline = "return getComputedStyle(document.activeElement).outlineStyle"
+    assert browser.execute_script(outline) == "solid"
+    for press, order in enumerate(("ascending", "descending")):
+        if keys is None:
+            browser.execute_script(f"return {button}").click()
+        else:
+            ActionChains(browser).send_keys(keys[press]).perform()
         values = browser.execute_script(column)
-        assert values == sorted(values, reverse=reverse)
+        assert values == sorted(values, reverse=order == "descending")
         assert browser.execute_script(f"return {table}[0].cells[2].ariaSort") == order
+        assert browser.execute_script(f"return document.activeElement === {button}")
 
 
 def test_what_a_screen_reader_is_told(browser, page):
