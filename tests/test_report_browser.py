@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from axe_core_python.base import AXE_SCRIPT
 from browser import chromium
 from plans import dense, digest, make_plan
 from reports import HOSTILE
@@ -203,6 +204,21 @@ def test_what_a_screen_reader_is_told(browser, page):
     assert all(after - before <= 1 for before, after in pairwise(levels))
     ids = browser.execute_script("return [...document.querySelectorAll('[id]')].map((e) => e.id)")
     assert len(ids) == len(set(ids))
+
+
+@pytest.mark.parametrize("how", WIDTHS)
+def test_axe_finds_nothing(browser, page, how):
+    """Axe's rules for WCAG 2.1, A and AA, and its best practices, with all tables open."""
+    pose(browser, page, how)
+    browser.execute_script("document.querySelectorAll('details').forEach((d) => d.open = true)")
+    browser.execute_script(AXE_SCRIPT)
+    found = browser.execute_async_script("axe.run().then(arguments[0])")
+    faults = {each["id"]: (each["help"], each["nodes"][0]["html"]) for each in found["violations"]}
+    assert not faults
+    assert len(found["passes"]) > 30
+    # What lies behind a picture's words it cannot tell; `test_all_words_can_be_read` can.
+    assert {each["id"] for each in found["incomplete"]} <= {"color-contrast"}
+    assert all("<text" in n["html"] for each in found["incomplete"] for n in each["nodes"])
 
 
 def test_whole_without_its_script(browser, page):
