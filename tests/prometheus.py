@@ -73,7 +73,7 @@ class Prometheus:
         }
         (folder / "prometheus.yml").write_text(json.dumps(config))  # JSON is YAML
         own = f"127.0.0.1:{free_port()}"
-        self._url = f"http://{own}/api/v1/query"
+        self._url = f"http://{own}/api/v1"
         self._log = folder / "log"
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
@@ -91,9 +91,16 @@ class Prometheus:
 
     def ask_all(self, query):
         """Values of all series that a query gives."""
-        with urlopen(f"{self._url}?{urlencode({'query': query})}", timeout=30) as answer:
-            result = json.load(answer)["data"]["result"]
+        result = self._get("query", query=query)["result"]
         return [float(series["value"][1]) for series in result]
+
+    def label_values(self, label, match):
+        """What a label says in the series that a selector gives; in order."""
+        return self._get(f"label/{label}/values", **{"match[]": match})
+
+    def _get(self, path, **parameters):
+        with urlopen(f"{self._url}/{path}?{urlencode(parameters)}", timeout=30) as answer:
+            return json.load(answer)["data"]
 
     def ask(self, query):
         """Value of the one series that a query gives; None: it gives none."""
