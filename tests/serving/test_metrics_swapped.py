@@ -1,27 +1,11 @@
 """Metrics of a server that swaps, as a real Prometheus sees them: one API server, and two."""
 
-import json
 import math
-from pathlib import Path
 
 import pytest
+from dashboard import queries, template_values
 from live import ADMIN, Live, make_root
 from prometheus import Prometheus, ours, samples
-
-DASHBOARD = Path(__file__).parents[2] / "deploy" / "grafana" / "enchtable.json"
-#: What Grafana puts for its variables.
-VARIABLES = {"$job": ".*", "$instance": ".*", "$__rate_interval": "5m"}
-
-
-def dashboard_queries():
-    """Every query of the Grafana dashboard, as Prometheus gets it."""
-    board = json.loads(DASHBOARD.read_text())
-    queries = [target["expr"] for panel in board["panels"] for target in panel.get("targets", ())]
-    queries += [each["expr"] for each in board["annotations"]["list"]]
-    for name, value in VARIABLES.items():
-        queries = [query.replace(name, value) for query in queries]
-    assert not [query for query in queries if "$" in query]
-    return queries
 
 
 def shows(prometheus, query):
@@ -119,5 +103,7 @@ def test_what_swaps_do_is_scraped(family, tmp_path, api_servers):
         for name in ("beta", "norm_scale", "merged_bytes"):
             assert shown[f"enchtable_{name}"] == active[name]
         assert not server.lines("could not be set")
-        without = [query for query in dashboard_queries() if not shows(prometheus, query)]
+        without = [query for query in queries() if not shows(prometheus, query)]
         assert not without
+        instance = server.url.removeprefix("http://")
+        assert template_values(prometheus) == {"job": ["vllm"], "instance": [instance]}
