@@ -4,7 +4,8 @@
 #   bash deploy/cpu/install.sh [FOLDER [VLLM_VERSION]]
 #
 # The defaults: .venv, and the version that deploy/cpu/vllm-on-cpu names. Run again after a change
-# to pyproject.toml: what is there already is kept.
+# to pyproject.toml: what is there already is kept. PACKAGE=FILE installs that wheel instead of
+# this clone with what its tests need.
 set -euo pipefail
 
 root=$(cd "$(dirname "$0")/../.." && pwd)
@@ -77,7 +78,11 @@ if ! has vllm "$vllm+cpu"; then
   sed "s/${named//./\\.}/$vllm/" "$root/deploy/cpu/vllm-on-cpu/pyproject.toml" > "$scratch/vllm/pyproject.toml"
   pip install --no-deps "$scratch/vllm"
 fi
-say "installing enchtable-vllm from $root"
-pip install --editable "$root[dev]" "torch==$torch"
+say "installing enchtable-vllm from ${PACKAGE:-$root}"
+if [ -n "${PACKAGE:-}" ]; then
+  pip install "$PACKAGE" "torch==$torch"
+else
+  pip install --editable "$root[dev]" "torch==$torch"
+fi
 "$venv/bin/python" -c 'import enchtable_vllm.vector, torch, transformers, vllm'
 say "ready: $venv"
