@@ -2,7 +2,6 @@
 
 import json
 
-import httpx
 import live
 import pytest
 from prometheus import lint, ours, samples
@@ -48,10 +47,7 @@ def server(root, fault, tmp_path_factory):
     }
     log = tmp_path_factory.mktemp("log") / "log"
     with live.Live(root, log, *SIDE_BY_SIDE, start=start, variables=variables) as server:
-        # Each request on a connection of its own: either API server may get it.
-        server.http.close()
-        unkept = httpx.Limits(max_keepalive_connections=0)
-        server.http = httpx.Client(base_url=server.url, timeout=120, limits=unkept)
+        server.ask_anew()
         yield server
 
 
