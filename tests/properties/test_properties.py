@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from corpus import seeds
-from fuzz import fuzzer
+from fuzz import fuzzer, mutations
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -198,10 +198,10 @@ def test_a_changed_place_of_a_plan_is_refused_or_changes_no_coefficient(family, 
     task, vector = Checkpoint(family.task), SafetyVector.open(family.vector)
     with tempfile.TemporaryDirectory() as name:
         path = Path(name, "merge_plan.json")
-        changed = fuzzer.mutate_json(document, rng)
+        changed = mutations.mutate_json(document, rng)
         if repaired:
             try:
-                changed = fuzzer.repair_plan(changed)
+                changed = mutations.repair_plan(changed)
             except (ValueError, ArithmeticError, LookupError, TypeError, AttributeError):
                 assume(False)
         path.write_text(json.dumps(changed))
