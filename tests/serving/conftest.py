@@ -1,5 +1,6 @@
 """Fixtures around the real small model."""
 
+import live
 import models
 import pytest
 from vllm_runs import merged_offline
@@ -33,3 +34,23 @@ def real_family(small_model, tmp_path_factory):
         small_model, folder / "aligned", scale=0.0, seed=0, dtype=torch.float32
     )
     return models.make_family(aligned, folder)
+
+
+@pytest.fixture(scope="module")
+def root(family, tmp_path_factory):
+    """A vector root of a module's own: its tests may write to it."""
+    return live.make_root(family, tmp_path_factory.mktemp("swap"))
+
+
+@pytest.fixture(scope="module")
+def fault(tmp_path_factory):
+    """Where a test plants what goes wrong; see `faults/sitecustomize.py`."""
+    return tmp_path_factory.mktemp("fault") / "fault.json"
+
+
+@pytest.fixture
+def on_sv_a(server, fault):
+    """The module's server on sv-a, with nothing planted."""
+    fault.unlink(missing_ok=True)
+    if server.status()["active"]["safety_vector"] != "sv-a":
+        server.swapped("sv-a")

@@ -12,6 +12,8 @@ from prometheus import ours, samples
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
+pytestmark = pytest.mark.usefixtures("on_sv_a")
+
 
 @pytest.fixture(scope="module")
 def root(family, tmp_path_factory):
@@ -19,11 +21,6 @@ def root(family, tmp_path_factory):
     family = models.copy_family(family, folder / "family")
     models.add_tokenizer(family.task)
     return live.make_root(family, folder)
-
-
-@pytest.fixture(scope="module")
-def fault(tmp_path_factory):
-    return tmp_path_factory.mktemp("fault") / "fault.json"
 
 
 @pytest.fixture(scope="module")
@@ -39,13 +36,6 @@ def server(root, fault, tmp_path_factory):
     log = tmp_path_factory.mktemp("log") / "log"
     with live.Live(root, log, *arguments, start=start, variables=variables) as server:
         yield server
-
-
-@pytest.fixture(autouse=True)
-def on_sv_a(server, fault):
-    fault.unlink(missing_ok=True)
-    if server.status()["active"]["safety_vector"] != "sv-a":
-        server.swapped("sv-a")
 
 
 def served(server):

@@ -8,12 +8,9 @@ from prometheus import lint, ours, samples
 
 from enchtable_vllm.checkpoint import Checkpoint
 
+pytestmark = pytest.mark.usefixtures("on_sv_a")
+
 SIDE_BY_SIDE = ("--enforce-eager", "-dp", "2", "--api-server-count", "2")
-
-
-@pytest.fixture(scope="module")
-def root(family, tmp_path_factory):
-    return live.make_root(family, tmp_path_factory.mktemp("swap"))
 
 
 @pytest.fixture(scope="module")
@@ -26,11 +23,6 @@ def alone(root, tmp_path_factory):
         server.swapped("sv-a")
         ((found["sv-a"],),) = server.weights()
     return found
-
-
-@pytest.fixture(scope="module")
-def fault(tmp_path_factory):
-    return tmp_path_factory.mktemp("fault") / "fault.json"
 
 
 @pytest.fixture(scope="module")
@@ -49,13 +41,6 @@ def server(root, fault, tmp_path_factory):
     with live.Live(root, log, *SIDE_BY_SIDE, start=start, variables=variables) as server:
         server.ask_anew()
         yield server
-
-
-@pytest.fixture(autouse=True)
-def on_sv_a(server, fault):
-    fault.unlink(missing_ok=True)
-    if server.status()["active"]["safety_vector"] != "sv-a":
-        server.swapped("sv-a")
 
 
 @pytest.mark.supports("swapping under data parallelism (`-dp 2`), two API servers")

@@ -4,7 +4,6 @@ Weights read back through vLLM's own packed layers on every rank, tokens and log
 plain vLLM on what ``enchtable merge`` writes. The ranks are told what the API server tells them.
 """
 
-import live
 import pytest
 from test_features import adapter
 from vllm_runs import ONE_PROCESS, changed, probe
@@ -17,11 +16,6 @@ from enchtable_vllm.vector import SafetyVector
 NAMES = ("sv-a", "sv-b", "sv-ffn", "sv-q")
 #: Back and forth, to another scope and back, to a part of a fused group, to none and back.
 WALK = ["sv-b", "sv-a", "sv-ffn", "sv-q", "@none", "sv-b"]
-
-
-@pytest.fixture(scope="module")
-def root(family, tmp_path_factory):
-    return live.make_root(family, tmp_path_factory.mktemp("swap"))
 
 
 @pytest.fixture(scope="module")

@@ -20,16 +20,6 @@ LEASE = 5
 
 
 @pytest.fixture(scope="module")
-def root(family, tmp_path_factory):
-    return live.make_root(family, tmp_path_factory.mktemp("swap"))
-
-
-@pytest.fixture(scope="module")
-def fault(tmp_path_factory):
-    return tmp_path_factory.mktemp("fault") / "fault.json"
-
-
-@pytest.fixture(scope="module")
 def server(root, fault, tmp_path_factory):
     variables = {
         "PYTHONPATH": str(live.FAULTS),
@@ -47,11 +37,8 @@ def plant(fault, **keys):
 
 
 @pytest.fixture
-def before(server, fault):
+def before(server, on_sv_a):  # noqa: ARG001
     """On sv-a; nothing planted. Weights and tokens as they are then."""
-    fault.unlink(missing_ok=True)
-    if server.status()["active"]["safety_vector"] != "sv-a":
-        server.swapped("sv-a")
     return server.weights(), server.tokens()
 
 
@@ -131,16 +118,21 @@ def test_a_pause_that_fails_changes_nothing(server, fault, before):
 @pytest.mark.usefixtures("before")
 def test_a_swap_that_is_long_in_pausing_keeps_its_lock(server, fault):
     """As one does that waits for running requests."""
-    plant(fault, command="pause", do="sleep", seconds=2 * LEASE)
+    plant(fault, command="pause", do="hold")
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(server.swap, "sv-b", pause="wait")
-        time.sleep(1.5 * LEASE)
-        refused, error = server.swap("sv-ffn")
+        try:
+            while server.status()["state"] != "swapping":
+                assert not first.done(), first.result()
+            time.sleep(1.5 * LEASE)
+            refused, error = server.swap("sv-ffn")
+        finally:
+            fault.unlink()
         answered, document = first.result()
     assert refused == 409, (error, document)
     assert error["error"]["code"] == "swap_in_progress"
     assert (answered, document.get("outcome")) == (200, "swapped"), document
-    assert document["pausing_seconds"] > 2 * LEASE
+    assert document["pausing_seconds"] > 1.4 * LEASE
     assert server.status()["active"]["safety_vector"] == "sv-b"
 
 
@@ -182,6 +174,20 @@ def test_a_client_that_goes_away_while_a_rank_commits_changes_nothing(server, fa
     fault.unlink()
     server.swapped("sv-a")
     assert (server.weights(), server.tokens()) == before
+
+
+@pytest.mark.usefixtures("before")
+def test_a_status_asked_while_a_swap_ends_does_not_take_its_pause_for_anothers(server, fault):
+    """It asks the ranks, and then the engines: by the time of their answer the swap is done."""
+    plant(fault, command="commit|is_paused", do="sleep", seconds=1)
+    statuses = []
+    with ThreadPoolExecutor(1) as pool:
+        swap = pool.submit(server.swap, "sv-b")
+        while not swap.done():
+            statuses.append(server.status())
+    assert swap.result()[0] == 200
+    assert "swapping" in [status["state"] for status in statuses]
+    assert [status["reason"] for status in statuses if not status["ready"]] == []
 
 
 def test_what_cannot_be_persisted_is_undone(server, root, before):

@@ -12,18 +12,10 @@ import live
 import pytest
 
 SLOWLY = 3.0
+pytestmark = pytest.mark.usefixtures("on_sv_a")
+
 KEY = {"Authorization": "Bearer inference-key"}
 OUTLASTING = 2000  # tokens of which no machine is so fast that a swap did not come in between
-
-
-@pytest.fixture(scope="module")
-def root(family, tmp_path_factory):
-    return live.make_root(family, tmp_path_factory.mktemp("swap"))
-
-
-@pytest.fixture(scope="module")
-def fault(tmp_path_factory):
-    return tmp_path_factory.mktemp("fault") / "fault.json"
 
 
 @pytest.fixture(scope="module")
@@ -39,14 +31,6 @@ def server(root, fault, tmp_path_factory):
         server.ask_anew()
         server.http.headers.update(KEY)
         yield server
-
-
-@pytest.fixture(autouse=True)
-def on_sv_a(server, fault):
-    """Each test begins on sv-a, with no fault planted."""
-    fault.unlink(missing_ok=True)
-    if server.status()["active"]["safety_vector"] != "sv-a":
-        server.swapped("sv-a")
 
 
 ROUTE = re.compile(r"(/v1)?/enchtable/")

@@ -25,11 +25,6 @@ def publish(vector, hub, repository, commit=COMMIT):
 
 
 @pytest.fixture(scope="module")
-def root(family, tmp_path_factory):
-    return live.make_root(family, tmp_path_factory.mktemp("swap"))
-
-
-@pytest.fixture(scope="module")
 def hub(root, tmp_path_factory):
     folder = tmp_path_factory.mktemp("hub")
     publish(root.path / "sv-b", folder, "org/good")

@@ -10,11 +10,6 @@ import pytest
 from prometheus import ours, samples
 
 
-@pytest.fixture(scope="module")
-def root(family, tmp_path_factory):
-    return live.make_root(family, tmp_path_factory.mktemp("swap"))
-
-
 def differs(server):
     """The metric that an alert looks at, as a scrape has it; nobody asks for the status."""
     return samples(ours(server.http.get("/metrics").text))["enchtable_desired_differs"]

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import httpx
 import live
-import pytest
 from prometheus import samples
 
 from enchtable_vllm.demo.server import Server, free_port
@@ -26,11 +25,6 @@ def typed(title):
     block = re.search(rf"^### {title}\n+```\n(.*?)^```", README, re.M | re.S)[1]
     # What continues a command is indented, what is optional is in brackets.
     return re.sub(r"\s*\[[^\]]*\]", "", re.sub(r"\n +", " ", block)).splitlines()
-
-
-@pytest.fixture(scope="module")
-def root(family, tmp_path_factory):
-    return live.make_root(family, tmp_path_factory.mktemp("swap"))
 
 
 def test_each_command_does_what_it_says(root, tmp_path):

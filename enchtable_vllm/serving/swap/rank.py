@@ -71,6 +71,10 @@ class _Swap:
     given_up: bool = False
     unpublished: tuple[Active, int, list[Any]] | None = None
 
+    def heard_of(self) -> bool:
+        """Whether its owner has it in hand still."""
+        return not self.given_up and time.monotonic() - self.heard < LEASE_SECONDS
+
 
 class Rank:
     """Everything that a rank can be told to do; each command answers with a dictionary.
@@ -123,7 +127,7 @@ class Rank:
             "weight_version": active.weight_version,
             "identity": active.identity,
             "broken": room.broken,
-            "swapping": swap is not None,
+            "swapping": swap is not None and swap.heard_of(),
             "staged_bytes": staged,
             "not_swappable": self._not_swappable(),
         }
@@ -143,7 +147,7 @@ class Rank:
         """Take the lock, unless somebody holds it who is still there."""
         held = self._swap
         if held is not None and held.owner != owner:
-            if not held.given_up and time.monotonic() - held.heard < LEASE_SECONDS:
+            if held.heard_of():
                 return _no("swap_in_progress", "another swap holds the lock", "Try again later.")
             if held.touched:
                 return {**_no("interrupted", "a swap was cut off half-way"), "owner": held.owner}

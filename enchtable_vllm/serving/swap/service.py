@@ -97,8 +97,9 @@ class SwapService:
             async with asyncio.timeout(_ANSWER_SECONDS):
                 answers = await self._ask_status()
                 paused = await self._engines.is_paused()
-                if paused:  # by a swap that began meanwhile?
-                    answers = await self._ask_status()
+                if paused:  # by a swap that began, or ended, meanwhile?
+                    before, answers = answers, await self._ask_status()
+                    paused = not _swap_between(before, answers)
         except TimeoutError as error:
             raise SwapError(
                 "not_ready",
@@ -238,6 +239,7 @@ class SwapService:
         return await self._engines.call(WORKER_METHOD, "status", {"detail": True})
 
     def _combined(self, answers: list[list[dict[str, Any]]], paused: bool) -> dict[str, Any]:
+        """One server's status of all ranks'; ``paused``: by something that is no swap."""
         ranks = [rank for engine in answers for rank in engine]
         for rank in ranks:
             if not rank["ok"]:
@@ -247,10 +249,10 @@ class SwapService:
         disagreeing = len(ranks) - max(versions.values())
         broken = next((rank["broken"] for rank in ranks if rank["broken"]), None)
         reason = broken
-        if disagreeing:
-            reason = f"{disagreeing} of {len(ranks)} ranks serve another vector"
         swapping = any(rank["swapping"] for rank in ranks)
-        if paused and not swapping and reason is None:
+        if disagreeing and not swapping:  # else one engine was asked before it published
+            reason = f"{disagreeing} of {len(ranks)} ranks serve another vector"
+        if paused and reason is None:
             reason = "generation is paused, and by no swap: whatever paused it must resume it"
         desired = self._desired()
         active = first["active"]
@@ -297,6 +299,16 @@ class SwapService:
             active = name == status["active"]["safety_vector"]
             found.append({"name": name, **_UNREAD, "planned": None, "active": active})
         return found
+
+
+def _swap_between(before: list[list[dict[str, Any]]], after: list[list[dict[str, Any]]]) -> bool:
+    """Whether a swap was going on, or came and went, between two answers of all ranks."""
+    earlier, later = (
+        [rank for engine in answers for rank in engine if rank["ok"]] for answers in (before, after)
+    )
+    return any(rank["swapping"] for rank in earlier + later) or (
+        [rank["swaps"] for rank in earlier] != [rank["swaps"] for rank in later]
+    )
 
 
 def _of_rank(rank: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,8 @@ Without the file nothing happens.
 ``sleep``: it takes ``seconds`` longer; of ``stage``, in its thread. ``exit``: the process is gone.
 ``hold``, of ``poll``: it answers that nothing is staged yet, until the file is gone.
 
-``pause`` and ``resume`` are asked of the engines by an API server: ``raise``, ``sleep``.
+``pause``, ``resume`` and ``is_paused`` are asked of the engines by an API server: ``raise``;
+``hold``: it waits until the file is gone; ``sleep``: its answer comes ``seconds`` later.
 ``ENCHTABLE_TEST_LEASE``: how many seconds a swap may be silent.
 """
 
@@ -96,13 +97,16 @@ def install(module):
             fault = planted(command)
             if fault.get("do") == "raise":
                 raise RuntimeError(f"planted: no {command}")
+            while planted(command).get("do") == "hold":
+                await asyncio.sleep(0.05)
+            found = await method(self, *arguments)
             if fault.get("do") == "sleep":
                 await asyncio.sleep(fault["seconds"])
-            return await method(self, *arguments)
+            return found
 
         return faulty
 
-    for command in ("pause", "resume"):
+    for command in ("pause", "resume", "is_paused"):
         setattr(swap.Engines, command, faulty_call(command, getattr(swap.Engines, command)))
 
     def faulty_reload(worker, tensors):
