@@ -33,7 +33,8 @@ _KEEP_SECONDS = LEASE_SECONDS / 6
 #: How often a rank is asked to release its lock.
 _FINISH_TRIES = 3
 
-Answers = list[list[dict[str, Any]]]
+#: What each rank of each engine answered.
+Answers = list[dict[str, Any]]
 
 
 class Transaction:
@@ -137,10 +138,10 @@ class Transaction:
         _log.warning("a swap was cut off half-way: every rank goes back first")
         mine, self._owner = self._owner, owner
         try:
-            polled = [rank for rank in _flat(await self._call("poll")) if not _lost_lock(rank)]
+            polled = [rank for rank in await self._call("poll") if not _lost_lock(rank)]
             # Else it was done, but for its end.
             if not all(rank.get("published") for rank in polled):
-                restored = _flat(await self._call("restore"))
+                restored = await self._call("restore")
                 held = [rank for rank in restored if not _lost_lock(rank)]
                 _check_put_in(held, polled[0].get("old_digest"))
             status = await first_status(self._engines)
@@ -157,8 +158,7 @@ class Transaction:
             self._owner = mine
 
     async def _run_locked(self) -> dict[str, Any]:
-        answers = await self._stage()
-        polled = answers[0][0]
+        polled = await self._stage()
         # One that lists no name is told by what was staged.
         self.record.target = polled["active"]["safety_vector"]
         result = {
@@ -184,7 +184,7 @@ class Transaction:
         paused_at = await self._pause()
         try:
             self._enter("commit")
-            committed = _flat(await self._call("commit"))
+            committed = await self._call("commit")
             if all(map(_lost_lock, committed)):
                 raise _LockLost
             _check_put_in(committed, polled["new_digest"])
@@ -215,7 +215,8 @@ class Transaction:
             self._persistence.write, self.record.source, self._before["persisted_before"]
         )
 
-    async def _stage(self) -> Answers:
+    async def _stage(self) -> dict[str, Any]:
+        """What every rank is ready to put in, as the first tells it."""
         self._enter("stage")
         swap = self._swap
         asked = {
@@ -226,9 +227,8 @@ class Transaction:
         _refuse(await self._call("stage", **asked))
         deadline = time.monotonic() + self._request.timeout_seconds
         while True:
-            answers = await self._call("poll")
-            _refuse(answers)
-            ranks = _flat(answers)
+            ranks = await self._call("poll")
+            _refuse(ranks)
             if all(rank["staged"] for rank in ranks):
                 break
             if time.monotonic() > deadline:
@@ -250,7 +250,7 @@ class Transaction:
                     "Nothing was changed. Give every machine the same files.",
                     "MismatchError",
                 )
-        return answers
+        return ranks[0]
 
     async def _pause(self) -> float:
         self._enter("pause")
@@ -283,7 +283,7 @@ class Transaction:
         """Every rank back to its old tensors; raises whatever comes of it."""
         _log.error("swap failed (%s); every rank goes back", failure)
         try:
-            _check_put_in(_flat(await self._call("restore")), old_digest)
+            _check_put_in(await self._call("restore"), old_digest)
             await self._engines.set_version(self._before["weight_version"])
             await asyncio.to_thread(self._persistence.undo)
         except Exception as error:
@@ -312,7 +312,7 @@ class Transaction:
         self.record.outcome = "failed"
         self.record.paused_seconds = time.perf_counter() - paused_at
         reason = f"{reason}: generation stays paused"
-        for number, rank in enumerate(_flat(await self._call("give_up", reason=reason))):
+        for number, rank in enumerate(await self._call("give_up", reason=reason)):
             if not rank["ok"]:
                 _log.error("rank %d: %s", number, rank["error"]["message"])
         raise SwapError("failed", reason, "Restart this server, or swap again.") from error
@@ -323,7 +323,7 @@ class Transaction:
             return
         try:
             for _ in range(_FINISH_TRIES):
-                ranks = _flat(await self._call("finish", record=self.record.to_json()))
+                ranks = await self._call("finish", record=self.record.to_json())
                 if answer is not None and ranks[0]["ok"]:
                     answer["epoch"] = ranks[0]["epoch"]
                 if all(rank["ok"] or _lost_lock(rank) for rank in ranks):
@@ -335,7 +335,8 @@ class Transaction:
             _log.exception("the engine died at the end of a swap")
 
     async def _call(self, command: str, **arguments: Any) -> Answers:
-        return await self._engines.call(WORKER_METHOD, command, {"owner": self._owner, **arguments})
+        told = {"owner": self._owner, **arguments}
+        return _flat(await self._engines.call(WORKER_METHOD, command, told))
 
     def _enter(self, phase: str) -> None:
         self.record.phase = phase
@@ -352,14 +353,13 @@ class _LockLost(Exception):
 
 async def first_status(engines: compat_swap.Engines) -> dict[str, Any]:
     """In detail, of the first rank of the first engine."""
-    answers: Answers = await engines.call(WORKER_METHOD, "status", {"detail": True})
-    status = answers[0][0]
+    status = _flat(await engines.call(WORKER_METHOD, "status", {"detail": True}))[0]
     if not status["ok"]:
         raise SwapError.of(status)
     return status
 
 
-def _check_put_in(ranks: list[dict[str, Any]], digest: str | None) -> None:
+def _check_put_in(ranks: Answers, digest: str | None) -> None:
     """All ranks say that they hold these bytes, or the transaction has failed."""
     for number, rank in enumerate(ranks):
         if not rank["ok"]:
@@ -373,12 +373,12 @@ def _lost_lock(rank: dict[str, Any]) -> bool:
     return not rank["ok"] and rank["code"] == "lost_lock"
 
 
-def _flat(answers: Answers) -> list[dict[str, Any]]:
+def _flat(answers: list[list[dict[str, Any]]]) -> Answers:
     return [rank for engine in answers for rank in engine]
 
 
-def _refuse(answers: Answers) -> None:
+def _refuse(ranks: Answers) -> None:
     """Raise what the first rank that refuses says; none has touched anything yet."""
-    for rank in _flat(answers):
+    for rank in ranks:
         if not rank["ok"]:
             raise SwapError.of(rank)
