@@ -6,6 +6,7 @@ be loaded after one start. Usage: ``python probe.py '[{"model": ..., ...}, ...]'
 ``"may_fail"`` gives ``{"error": ...}`` when vLLM does not start with it; put it last.
 """
 
+import gc
 import hashlib
 import json
 import os
@@ -131,6 +132,7 @@ def run(setting):
     from vllm.lora.request import LoRARequest
 
     make_scannable()
+    gc.freeze()  # vLLM collects garbage eight times a start, through all that is imported
     reloads = setting.pop("reload", False)
     weights_only = setting.pop("weights_only", False)
     swaps = setting.pop("swaps", [])
