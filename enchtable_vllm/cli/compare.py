@@ -35,7 +35,8 @@ def compare(
     Differences are from the first report, over the prompts that both were asked, with McNemar's
     exact p. Nothing is asked of any server.
     """
-    comparison = side_by_side([(str(path), read_report(path)) for path in reports])
+    named = zip(_names(reports), reports, strict=True)
+    comparison = side_by_side([(name, read_report(path)) for name, path in named])
     if output is not None:
         write_whole(output, compare_page(comparison))
     for warning in comparison.warnings:
@@ -46,6 +47,16 @@ def compare(
     _print(comparison)
     if output is not None:
         say(f"page written to {output}")
+
+
+def _names(paths: list[Path]) -> list[str]:
+    """The ends of the folders' paths that tell them apart."""
+    parts = [(path.parent if path.is_file() else path).absolute().parts for path in paths]
+    for length in range(1, max(map(len, parts))):
+        names = [str(Path(*own[-length:])) for own in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in paths]
 
 
 def _print(comparison: Comparison) -> None:

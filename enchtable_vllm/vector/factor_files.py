@@ -155,7 +155,7 @@ def add_factors(
         The manifest as written.
 
     Raises:
-        ConfigError: The folder is a Hub cache's, or γ is not in (0, 1].
+        ConfigError: The folder is a Hub cache's or has no room for the file, or γ is not in (0, 1].
         SafetyVectorError, NonFiniteError: The vector is damaged.
     """
     check_rank_fraction(rank_fraction)
@@ -167,6 +167,14 @@ def add_factors(
             fix="Download it with 'hf download --local-dir', and factor that.",
         )
     folder = vector.location.path
+    for old in folder.glob(f"{FACTORS_FILE_STEM}*"):
+        if old.is_dir() and not old.is_symlink():
+            raise ConfigError(
+                vector.what,
+                expected="room for the file of factors",
+                got=f"a folder of the name '{old.name}'",
+                fix="Move it away.",
+            )
     names = list(_stacks(vector))
     shards = assign_shards(_headers(vector, rank_fraction), FACTORS_FILE_STEM, max_shard_bytes)
     entries: dict[str, tuple[MatrixFactors, ...]] = {}

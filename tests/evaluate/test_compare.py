@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 import pytest
 from eval_runs import ROOT, command, environment
 
+from enchtable_vllm.cli.compare import _names
 from enchtable_vllm.evaluate.compare import compare
 from enchtable_vllm.evaluate.compare_page import compare_page
 from enchtable_vllm.evaluate.faults import ReportError
@@ -160,12 +161,22 @@ def test_the_command(tmp_path):
     out, _ = command("compare", first, second / "report.json", "--json")
     document = json.loads(out)
     assert document["rows"][1]["differences"]["safety"]["only_first"] == 12
+    assert [row["label"] for row in document["rows"]] == [first.name, second.name]
     _, error = command("compare", first, tmp_path / "none", code=1)
     assert "enchtable eval" in error
     value = json.loads((second / "report.json").read_text()) | {"format_version": 2}
     (second / "report.json").write_text(json.dumps(value))
     _, error = command("compare", first, second, code=1)
     assert "format version 2" in error
+
+
+def test_reports_are_named_by_what_tells_them_apart(tmp_path):
+    def named(*paths):
+        return _names([tmp_path / path for path in paths])
+
+    assert named("x/a", "x/b") == ["a", "b"]
+    assert named("x/report", "y/report") == ["x/report", "y/report"]
+    assert named("a", "a") == [str(tmp_path / "a")] * 2  # which is refused
 
 
 def test_comparing_needs_neither_torch_nor_the_framework():
