@@ -57,7 +57,7 @@ def bars(drawn):
 
 @pytest.mark.parametrize("values", VALUES.values(), ids=VALUES)
 def test_a_histogram_holds_each_value_once_where_it_belongs(values):
-    drawn = histogram(values, "Interference", "", "matrices")
+    drawn = histogram(values, "Interference", "", "matrix", "matrices")
     if min(values) == max(values):  # one bar, which has no width
         counts, edges = [len(values)], [values[0]] * 2
     else:
@@ -69,7 +69,9 @@ def test_a_histogram_holds_each_value_once_where_it_belongs(values):
     assert sum(int(count) for _, count in rows[1:]) == len(values)
     assert caption.endswith(f"median {number(float(np.median(values)))}")
     shown = bars(drawn)
-    assert [says for says, *_ in shown] == [f"{name}: {n} matrices" for name, n in bins]
+    assert [says for says, *_ in shown] == [
+        f"{name}: {n} {'matrix' if n == 1 else 'matrices'}" for name, n in bins
+    ]
     unit = max(height for *_, height in shown) / max(counts)
     assert [height for *_, height in shown] == pytest.approx([n * unit for _, n in bins], abs=0.1)
 

@@ -53,14 +53,15 @@ def figure(title: str, words: str, drawn: Html, numbers: Html) -> Html:
     )
 
 
-def histogram(values: Sequence[float], title: str, words: str, unit: str) -> Html:
+def histogram(values: Sequence[float], title: str, words: str, unit: str, units: str) -> Html:
     """How often which value occurs.
 
     Args:
         values: At least one.
         title: Of the figure.
         words: What is seen in it, if the title does not say.
-        unit: What is counted: ``matrices``.
+        unit: What is counted: ``matrix``.
+        units: Several of it.
     """
     low, high = min(values), max(values)
     width = (high - low) / _BINS
@@ -86,7 +87,8 @@ def histogram(values: Sequence[float], title: str, words: str, unit: str) -> Htm
         bounds = span(start, end)
         if count:
             at = (_LEFT + place * across, floor - tall)
-            parts.append(bar(*at, max(across - 1, 1), tall, "mark", f"{bounds}: {count} {unit}"))
+            said = f"{bounds}: {count} {unit if count == 1 else units}"
+            parts.append(bar(*at, max(across - 1, 1), tall, "mark", said))
             rows.append((bounds, count))
     middle = statistics.median(values)
     if width > 0:
@@ -94,9 +96,10 @@ def histogram(values: Sequence[float], title: str, words: str, unit: str) -> Htm
         parts.append(line(x, _TOP + 14, x, floor, "currentColor", 1.5))
         anchor = "end" if x > _LEFT + inner / 2 else "start"
         parts.append(word(x, _TOP + 10, f"median {number(middle)}", anchor))
-    summary = f"{title}: {len(values)} {unit} from {span(low, high)}, median {number(middle)}"
+    of = unit if len(values) == 1 else units
+    summary = f"{title}: {len(values)} {of} from {span(low, high)}, median {number(middle)}"
     drawn = picture(_WIDTH, _HEIGHT, summary, parts)
-    return figure(title, words, drawn, table((title, unit), rows, caption=summary))
+    return figure(title, words, drawn, table((title, units), rows, caption=summary))
 
 
 def ranges(groups: Sequence[tuple[str, Sequence[float]]], title: str, words: str) -> Html:

@@ -167,12 +167,12 @@ def _spread(facts: Facts) -> Iterator[Html]:
     }
     shares = {m.name: m.retained_share for m in facts.matrices if m.retained_share is not None}
     drawn = [
-        histogram(values, TITLES[measure][0], "", "matrices")
+        histogram(values, TITLES[measure][0], "", "matrix", "matrices")
         for measure, values in columns_of.items()
     ]
     if shares:
         title = TITLES["retained_share"][0]
-        drawn.append(histogram(list(shares.values()), title, "", "tensors"))
+        drawn.append(histogram(list(shares.values()), title, "", "tensor", "tensors"))
     yield Html(f'<div class="side-by-side">{"".join(drawn)}</div>')
     groups: dict[str, list[float]] = defaultdict(list)
     for matrix in facts.matrices:
