@@ -96,7 +96,7 @@ def _here(benchmark: Benchmark, wish: Wish) -> int:
     _say(f"{benchmark.name}: {time.monotonic() - started:.0f} s in all")
     missed = [] if wish.size == "quick" else benchmark.missed(rows)  # one round claims nothing
     for words in missed:
-        errors.print(f"[bold red]missed:[/bold red] {words}", highlight=False)
+        errors.print(f"[bold red]missed:[/bold red] {words}", highlight=False, soft_wrap=True)
     return int(bool(missed))
 
 
