@@ -110,15 +110,18 @@ def offline(kind: Offline, model: Path, ask: Ask, engine: Sequence[str], scratch
         scratch: A folder.
     """
     output = scratch / "report.json"
-    lengths = ["--input-len", str(ask.prompt_tokens), "--output-len", str(ask.output_tokens)]
     own = {
-        "latency": ["--batch-size", str(ask.clients), "--num-iters-warmup", "3", "--num-iters",
+        "latency": ["--input-len", str(ask.prompt_tokens), "--output-len", str(ask.output_tokens),
+                    "--batch-size", str(ask.clients), "--num-iters-warmup", "3", "--num-iters",
                     str(ask.requests)],
-        "throughput": ["--dataset-name", "random", "--num-prompts", str(ask.requests)],
+        # What is random has lengths of its own there, whose defaults come before the others.
+        "throughput": ["--dataset-name", "random", "--num-prompts", str(ask.requests),
+                       "--random-input-len", str(ask.prompt_tokens), "--random-output-len",
+                       str(ask.output_tokens)],
     }  # fmt: skip
     command = [
         str(Path(sys.executable).with_name("vllm")), "bench", kind, "--model", str(model),
-        *lengths, *own[kind], *engine, "--output-json", str(output),
+        *own[kind], *engine, "--output-json", str(output),
     ]  # fmt: skip
     plugins = "enchtable" if "enchtable" in engine else ""
     environment = {"VLLM_PLUGINS": plugins, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}

@@ -205,7 +205,7 @@ def test_what_differs_is_named():
 def test_a_planted_slowdown_is_caught():
     """Real servers, one of them really slower: by half, which any machine can see."""
     command = [sys.executable, "-m", "benchmarks", "run", "serving", "--no-write", "--json"]
-    chosen = ("starts=1", "pairs=8", "clients=2", "offline=0", "graph=false", "plant=0.5")
+    chosen = ("starts=1", "pairs=8", "clients=2", "offline=1", "graph=false", "plant=0.5")
     done = subprocess.run(
         [*command, *(word for one in chosen for word in ("-o", one))],
         cwd=ROOT, capture_output=True, text=True, check=False,
