@@ -44,9 +44,9 @@ _NEAREST, _EXPERT = "nearest", "expert"
 class Options(BaseOptions):
     """Of the alternatives."""
 
-    rounds: int = Field(default=8, ge=1, description="of each, in turns")
+    rounds: int = Field(default=4, ge=1, description="of each, in turns")
     clients: int = Field(default=2, ge=1, description="requests at once")
-    requests: int = Field(default=6, ge=1, description="of a round")
+    requests: int = Field(default=4, ge=1, description="of a round")
     tokens: int = Field(default=24, ge=3, description="of an answer")
     ranks: tuple[int, ...] = Field(default=(16, 512), description="of adapters; vLLM knows some")
 

@@ -89,9 +89,9 @@ REGISTRY = (
     Benchmark("plan-cuda", "The same on a GPU, layers of 8B's shapes", "cuda", 6),
     Benchmark("load", "Loading against plain vLLM and merging to disk", "cpu", 12),
     Benchmark("load-cuda", "The merged stream to a GPU against plain safetensors", "cuda", 2),
-    Benchmark("swap", "Swapping under load against a restart", "cpu", 3),
-    Benchmark("serving", "A merged model served against the same unmerged", "cpu", 10),
-    Benchmark("alternatives", "A merge against LoRA, Self-Reminder, SafeDecoding", "cpu", 8),
+    Benchmark("swap", "Swapping under load against a restart", "cpu", 5),
+    Benchmark("serving", "A merged model served against the same unmerged", "cpu", 13),
+    Benchmark("alternatives", "A merge against LoRA, Self-Reminder, SafeDecoding", "cpu", 13),
 )
 
 
