@@ -230,7 +230,7 @@ def merging_ahead(family):
             sizes = {name: task.nbytes(name) for name in names}
 
             def make(name):
-                return merge_one(name, task.read(name))
+                return merge_one.from_file(name, task)
 
             begun.append(Ahead(make, sizes, budget_bytes, threads=2, beside=beside))
             return begun[-1]

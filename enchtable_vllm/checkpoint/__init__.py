@@ -8,11 +8,12 @@ from enchtable_vllm.checkpoint.fingerprint import (
     tensor_digest,
 )
 from enchtable_vllm.checkpoint.location import Location, local, locate, on_hub
-from enchtable_vllm.checkpoint.reader import Checkpoint, TensorHeader
+from enchtable_vllm.checkpoint.reader import TORCH_DTYPES, Checkpoint, TensorHeader
 from enchtable_vllm.checkpoint.transaction import FileTransaction, FolderTransaction
 from enchtable_vllm.checkpoint.writer import ShardWriter
 
 __all__ = [
+    "TORCH_DTYPES",
     "Checkpoint",
     "FileTransaction",
     "Fingerprint",

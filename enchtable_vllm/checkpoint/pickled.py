@@ -84,6 +84,14 @@ class PickledFile:
         flat = self._tensors[name].contiguous().reshape(-1)
         return bytes(flat.view(torch.uint8).numpy().data[at : at + count]) if flat.numel() else b""
 
+    def read_into(self, name: str, at: int, target: memoryview) -> None:
+        """A part of a tensor's bytes, from ``at`` on, into memory that is there already.
+
+        Raises:
+            ValueError: The part is not all the tensor's.
+        """
+        target[:] = self.read_bytes(name, at, len(target))
+
 
 def _state(found: os.stat_result) -> tuple[int, ...]:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns

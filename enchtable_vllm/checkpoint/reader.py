@@ -127,6 +127,17 @@ class Checkpoint:
         """How many bytes a tensor's data takes."""
         return self._file(self.tensors[name].file).nbytes(name)
 
+    def read_into(self, name: str, at: int, target: memoryview) -> None:
+        """A part of a tensor's bytes, from ``at`` on, into memory that is there already.
+
+        Raises:
+            CheckpointError: As `read`, or the part is not all the tensor's.
+        """
+        try:
+            self._file(self.tensors[name].file).read_into(name, at, target)
+        except (OSError, ValueError) as error:
+            raise self._unreadable(name, error) from error
+
     def read_bytes(self, name: str, at: int, count: int) -> bytes:
         """A part of a tensor's bytes; less than ``count`` at its end.
 

@@ -115,6 +115,17 @@ class SafetensorsFile:
         start, size = self._places[name]
         return self._bytes(start + at, max(0, min(count, size - at)))
 
+    def read_into(self, name: str, at: int, target: memoryview) -> None:
+        """A part of a tensor's bytes, from ``at`` on, into memory that is there already.
+
+        Raises:
+            OSError, ValueError: As `read`, or the part is not all the tensor's.
+        """
+        start, size = self._places[name]
+        if at + len(target) > size:
+            raise ValueError(f"bytes {at} to {at + len(target)} of {size}")
+        self._fill(target, start + at)
+
     def _bytes(self, start: int, count: int) -> bytes:
         data = bytearray(count)
         self._fill(memoryview(data), start)

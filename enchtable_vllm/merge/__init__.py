@@ -3,6 +3,7 @@
 from enchtable_vllm.merge.ahead import Ahead, has_idle_core
 from enchtable_vllm.merge.offline import merge_checkpoint
 from enchtable_vllm.merge.one import Merged, TensorMerge
+from enchtable_vllm.merge.recycled import Recycled
 from enchtable_vllm.merge.report import MergeReport
 from enchtable_vllm.merge.second_names import under_both_names
 from enchtable_vllm.merge.stream import MergeStream
@@ -12,6 +13,7 @@ __all__ = [
     "MergeReport",
     "MergeStream",
     "Merged",
+    "Recycled",
     "TensorMerge",
     "has_idle_core",
     "merge_checkpoint",

@@ -17,11 +17,11 @@ T = TypeVar("T")
 class Ahead(Generic[T]):
     """Threads that make results in the order in which they will probably be asked for.
 
-    Reading, hashing and adding cost as much as all the rest of a load. While vLLM makes its empty
-    model there is a core that has nothing to do. While it copies one layer after the other there
-    may be none: then whoever works beside it only slows it down, since each of its copies waits
-    for the thread that was held up. There the results are made in turns with the copies, by all
-    threads, the asking one too.
+    On a core that has nothing to do, they are made beside all else. While vLLM copies one layer
+    after the other there may be no such core: then whoever works beside it only slows it down,
+    since each of its copies waits for the thread that was held up. There the results are made in
+    turns with the copies, by all threads, the asking one too; and not while vLLM makes its empty
+    model, which runs Python all the time and loses more than is won.
 
     Args:
         make: Makes one result from its name; from any thread.
@@ -29,8 +29,7 @@ class Ahead(Generic[T]):
         budget_bytes: How much may lie ready. What does not fit waits until some has been taken;
             what is never asked for keeps its room.
         threads: How many, besides the one that asks.
-        beside: Whether they go on while results are taken, or only until the first `fill`
-            and within one.
+        beside: Whether they work all the time, or only within a `fill`.
     """
 
     def __init__(
@@ -51,7 +50,7 @@ class Ahead(Generic[T]):
         self._making: set[str] = set()
         self._ready: dict[str, T | Exception] = {}
         self._held_bytes = 0
-        self._at_work = True
+        self._at_work = beside
         self._closed = False
         self._threads = [
             threading.Thread(target=self._run, name=f"enchtable-ahead-{i}", daemon=True)

@@ -8,12 +8,15 @@ from typing import NamedTuple
 import torch
 from blake3 import blake3
 
-from enchtable_kernels import FLOAT_DTYPES, fused_add
-from enchtable_vllm.checkpoint import tensor_digest
+from enchtable_kernels import FLOAT_DTYPES, fused_add, fused_add_as_read
+from enchtable_vllm.checkpoint import TORCH_DTYPES, Checkpoint, tensor_digest
 from enchtable_vllm.errors import MergePlanError, MismatchError
 from enchtable_vllm.merge.report import Rounding
 from enchtable_vllm.plan import MergeMasks, ResolvedPlan
 from enchtable_vllm.vector import Delta, SafetyVector
+
+#: Makes a tensor of a shape and a dtype, its values whatever they are.
+Out = Callable[[tuple[int, ...], torch.dtype], torch.Tensor]
 
 
 class Merged(NamedTuple):
@@ -81,11 +84,8 @@ class TensorMerge:
         Raises:
             MismatchError: They are others.
         """
-        planned = self.resolved.plan.tensors.get(name)
-        if self._verify_content and planned is not None:
-            digest = tensor_digest(stored)
-            if digest != planned.task_digest:
-                raise self.mismatch(name, f"content {planned.task_digest}", digest)
+        if self._verify_content:
+            self._refuse_other_content(name, tensor_digest(stored))
 
     def __call__(self, name: str, stored: torch.Tensor) -> Merged:
         """Merge a tensor that the plan merges.
@@ -121,9 +121,48 @@ class TensorMerge:
                 # The delta's memory is ours, and read no more after this.
                 out=delta.values if delta.values.dtype == stored.dtype else None,
                 keep_bits=None if keep_bits is None else keep_bits.to(stored.device),
-                rounding_key=_rounding_key(name) if self.rounding == "stochastic" else None,
+                rounding_key=self._rounding_key(name),
             )
         )
+
+    def from_file(self, name: str, task: Checkpoint, out: Out | None = None) -> Merged:
+        """Merge what a checkpoint stores, on the CPU; the same bits as of the tensor itself.
+
+        Args:
+            name: Its name in the checkpoint.
+            task: The checkpoint, of safetensors or not.
+            out: Makes the tensor that is merged into; by default, in new memory.
+
+        Raises:
+            MismatchError, SafetyVectorError, CheckpointError: As `__call__`.
+        """
+        header, shape = task.tensors[name], self.vector.tensors[name].shape
+        if header.shape != shape or not header.is_float or 0 in shape:
+            return self(name, task.read(name))  # which says what is wrong with it
+        dtype = TORCH_DTYPES[header.dtype]
+        merged = out(shape, dtype) if out else torch.empty(shape, dtype=dtype)
+        hasher = blake3()
+
+        with self.vector.reader(name) as read_delta:
+
+            def read(first: int, stored: memoryview, delta: memoryview) -> None:
+                task.read_into(name, first * merged.itemsize, stored)
+                if self._verify_content:
+                    hasher.update(stored)
+                read_delta(delta)
+
+            sums = fused_add_as_read(
+                read,
+                self.vector.dtype(name),
+                self.resolved.coefficients[name],
+                merged,
+                scales=self.vector.scales(name),
+                keep_bits=self.masks.read(name, merged.numel()) if self.masks else None,
+                rounding_key=self._rounding_key(name),
+            )
+        if self._verify_content:
+            self._refuse_other_content(name, f"blake3:{hasher.hexdigest()}")
+        return Merged(merged, sums)
 
     def mismatch(self, name: str, expected: str, got: str) -> MismatchError:
         """A stored tensor that is not what was planned for."""
@@ -134,7 +173,13 @@ class TensorMerge:
             fix="Make the plan again for this model: 'enchtable plan'.",
         )
 
+    def _refuse_other_content(self, name: str, digest: str) -> None:
+        planned = self.resolved.plan.tensors.get(name)
+        if planned is not None and digest != planned.task_digest:
+            raise self.mismatch(name, f"content {planned.task_digest}", digest)
 
-def _rounding_key(name: str) -> int:
-    """64 bits of the name's hash: every rank, device and run draws the same noise."""
-    return int.from_bytes(blake3(name.encode()).digest()[:8], "little")
+    def _rounding_key(self, name: str) -> int | None:
+        """64 bits of the name's hash: every rank, device and run draws the same noise."""
+        if self.rounding == "nearest":
+            return None
+        return int.from_bytes(blake3(name.encode()).digest()[:8], "little")

@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import torch
 
-from enchtable_vllm.merge import Ahead, Merged, TensorMerge, has_idle_core
+from enchtable_vllm.merge import Ahead, Merged, Recycled, TensorMerge, has_idle_core
 from enchtable_vllm.serving.prepare import Prepared
 from enchtable_vllm.vector import Delta
 
-#: What may lie ready: at most the largest tensor that is stored, and at most this.
-_MOST_AHEAD_BYTES = 512 * 2**20
+#: What may lie ready, if two tensors are not more: a few turns of merging and copying.
+_AHEAD_BYTES = 64 * 2**20
 
 
 class Merging:
@@ -43,8 +43,7 @@ class Merging:
     ) -> None:
         checkpoint, vector = prepared.task.checkpoint, prepared.vector
         names = [name for name in checkpoint.tensors if name in prepared.resolved.coefficients]
-        largest = max(checkpoint.nbytes(name) for name in checkpoint.tensors)
-        budget = min(largest, _MOST_AHEAD_BYTES)
+        budget = max(_AHEAD_BYTES, 2 * max(checkpoint.nbytes(name) for name in names))
         on_gpu = device.type == "cuda"
 
         def merger(read: Callable[[str], Delta]) -> TensorMerge:
@@ -64,8 +63,9 @@ class Merging:
         self._thread: Ahead[Merged] | Ahead[Delta]
         if reads_stored and not on_gpu:
             self.merge_one = one = merger(vector.read)
+            memory = Recycled()
             merged = Ahead(
-                lambda name: one(name, checkpoint.read(name)),
+                lambda name: one.from_file(name, checkpoint, memory.empty),
                 {name: checkpoint.nbytes(name) for name in names},
                 budget,
                 threads=max(1, torch.get_num_threads() - 1),

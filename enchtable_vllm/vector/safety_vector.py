@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from blake3 import blake3
 from pydantic import ValidationError
 
 from enchtable_vllm.checkpoint import Checkpoint, Location, locate, tensor_digest
 from enchtable_vllm.checkpoint.files import is_there, read_json, refuse_link_out
 from enchtable_vllm.checkpoint.fingerprint import content_fingerprint
 from enchtable_vllm.checkpoint.norm import finite_norm
+from enchtable_vllm.checkpoint.safetensors_file import STORED_DTYPES
 from enchtable_vllm.errors import SafetyVectorError, summarize_faults
 from enchtable_vllm.vector.delta import Delta
 from enchtable_vllm.vector.format import (
@@ -102,15 +105,50 @@ class SafetyVector:
             SafetyVectorError: Its bytes are not those that the manifest vouches for, or a scale
                 is negative or not finite.
         """
-        values, *scales = [self._verified(stored) for stored in self.tensors[name].stored(name)]
-        if scales and not bool(((scales[0] >= 0) & (scales[0] < math.inf)).all()):
+        return Delta(self._verified(self.tensors[name].stored(name)[0]), self.scales(name))
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Of a delta's values, as they are stored."""
+        return STORED_DTYPES[self.tensors[name].dtype]
+
+    def scales(self, name: str) -> torch.Tensor | None:
+        """The scales of an int8 delta, checked as by `read`; None of any other."""
+        _, *stored = self.tensors[name].stored(name)
+        if not stored:
+            return None
+        scales = self._verified(stored[0])
+        if not bool(((scales >= 0) & (scales < math.inf)).all()):
             raise SafetyVectorError(
                 f"{self.what}, tensor '{name}{SCALE}'",
                 expected="scales that are finite and not negative",
                 got="others",
                 fix="Build it again with 'enchtable vector build'.",
             )
-        return Delta(values, *scales)
+        return scales
+
+    @contextmanager
+    def reader(self, name: str) -> Iterator[Callable[[memoryview], None]]:
+        """Reads a delta's values in pieces, in order, each into memory that is there already.
+
+        Their digest is checked at the end: nothing that was made of them may be used before.
+
+        Yields:
+            A function that fills its argument with the next bytes.
+
+        Raises:
+            SafetyVectorError: As `read`.
+        """
+        stored = self.tensors[name].stored(name)[0]
+        hasher, at = blake3(), 0
+
+        def read(memory: memoryview) -> None:
+            nonlocal at
+            self._files.read_into(name, at, memory)
+            hasher.update(memory)
+            at += len(memory)
+
+        yield read
+        self._refuse_other_bytes(stored, f"blake3:{hasher.hexdigest()}")
 
     def dense(self, name: str) -> tuple[torch.Tensor, float]:
         """A delta's values in fp32, and their norm: finite, and what the manifest says.
@@ -135,7 +173,10 @@ class SafetyVector:
 
     def _verified(self, stored: StoredTensor) -> torch.Tensor:
         tensor = self._files.read(stored.name)
-        digest = tensor_digest(tensor)
+        self._refuse_other_bytes(stored, tensor_digest(tensor))
+        return tensor
+
+    def _refuse_other_bytes(self, stored: StoredTensor, digest: str) -> None:
         if digest != stored.digest:
             raise SafetyVectorError(
                 f"{self.what}, tensor '{stored.name}'",
@@ -143,7 +184,6 @@ class SafetyVector:
                 got=digest,
                 fix="Its bytes changed since it was built: fetch or build it again.",
             )
-        return tensor
 
     def _refuse_links_out(self) -> None:
         """A vector is read from its own folder; a Hub cache's snapshot, from its own blobs."""

@@ -18,6 +18,7 @@ Depends on torch, triton and numba only.
 
 from enchtable_kernels._addition import SCALE_BLOCK, scales_per_row
 from enchtable_kernels._api import FLOAT_DTYPES, fused_add, pack_keep
+from enchtable_kernels.as_read import fused_add_as_read
 from enchtable_kernels.effect import Effect
 from enchtable_kernels.reference import dequantize, unpack_keep
 
@@ -27,6 +28,7 @@ __all__ = [
     "Effect",
     "dequantize",
     "fused_add",
+    "fused_add_as_read",
     "pack_keep",
     "scales_per_row",
     "unpack_keep",
