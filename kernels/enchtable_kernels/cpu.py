@@ -215,14 +215,22 @@ def _widen(source: Any, kind: int, bits: Any, values: Any) -> None:
 @_compiled()
 def _scale(values: Any, n: int, at: int, scales: Any, row_length: int, row_scales: int) -> None:
     """Multiply each run of elements that share a scale by it."""
+    row, column = at // row_length, at % row_length
     i = 0
     while i < n:
-        row, column = (at + i) // row_length, (at + i) % row_length
         run = min(n - i, row_length - column, SCALE_BLOCK - column % SCALE_BLOCK)
         scale = scales[row * row_scales + column // SCALE_BLOCK]
-        for j in range(i, i + run):
-            values[j] = values[j] * scale
+        part = values[i : i + run]
+        if run == SCALE_BLOCK:  # a length that the compiler knows
+            for j in range(SCALE_BLOCK):
+                part[j] = part[j] * scale
+        else:
+            for j in range(run):
+                part[j] = part[j] * scale
         i += run
+        column += run
+        if column == row_length:
+            row, column = row + 1, 0
 
 
 @_compiled()
