@@ -1,6 +1,7 @@
 """A task model to serve, with a vector to merge into it, and servers of both.
 
-The peers are what a user has without us: vLLM with no plugin of ours in it.
+The peers are what a user has without us: vLLM with no plugin of ours in it. One server that can
+swap is both, one after the other, in the same process and the same memory.
 """
 
 from __future__ import annotations
@@ -14,16 +15,21 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TypeVar
 
+import httpx
 from safetensors.torch import save_file
 
 from benchmarks.models import plan_without_interference, random_vector, task_model
-from enchtable_vllm.checkpoint import Checkpoint, Location
+from enchtable_vllm.checkpoint import Checkpoint, Location, sampled_fingerprint
 from enchtable_vllm.demo.server import Server, free_port
 from enchtable_vllm.merge import merge_checkpoint
 from enchtable_vllm.plan import read_plan, resolve_plan
+from enchtable_vllm.plan.vector_root import plan_path
 
 T = TypeVar("T")
 
+#: The name of the vector in its root.
+VECTOR = "sv"
+_TOKEN = "the-token-of-this-benchmark"
 #: vLLM's processes go on looking for work for a second after their last step.
 IDLE_SECONDS = 1.2
 
@@ -34,12 +40,13 @@ class Case:
 
     Attributes:
         task: The task model's folder.
-        vector, plan: What is merged into it.
+        root: A vector root, with one vector and its plan.
+        plan: That plan.
         offline: The same merge, written to disk.
     """
 
     task: Path
-    vector: Path
+    root: Path
     plan: Path
     offline: Path
 
@@ -47,18 +54,23 @@ class Case:
     def of(cls, folder: Path) -> Case:
         """What `small_case` made there."""
         task = Path((folder / "task.txt").read_text())
-        return cls(task, folder / "vector", folder / "plan.json", folder / "offline")
+        (plan,) = (folder / "root" / VECTOR).glob("plans/*.json")
+        return cls(task, folder / "root", plan, folder / "offline")
 
     @property
     def keys(self) -> dict[str, str]:
         """Of the loader."""
-        return {"safety_vector": str(self.vector), "merge_plan": str(self.plan)}
+        return {"safety_vector": str(self.root / VECTOR), "merge_plan": str(self.plan)}
 
     @property
     def merging(self) -> list[str]:
         """Arguments that merge it while it loads."""
-        keys = json.dumps(self.keys)
-        return ["--load-format", "enchtable", "--model-loader-extra-config", keys]
+        return _arguments(self.keys)
+
+    @property
+    def swapping(self) -> list[str]:
+        """Arguments that merge it while it loads, and can take it out again: see `swap`."""
+        return _arguments({"vector_root": str(self.root), "safety_vector": VECTOR})
 
 
 def small_case(folder: Path, layers: int | None = None) -> Case:
@@ -70,12 +82,18 @@ def small_case(folder: Path, layers: int | None = None) -> Case:
     task = task_model("small", folder)
     if layers is not None:
         task = _first_layers(task, layers, folder / "task")
-    vector = random_vector(task, folder / "vector", "bf16")
-    plan = folder / "plan.json"
+    (folder / "root").mkdir()
+    vector = random_vector(task, folder / "root" / VECTOR, "bf16")
+    plan = plan_path(folder / "root" / VECTOR, sampled_fingerprint(Checkpoint(task)))
+    plan.parent.mkdir()
     plan.write_text(plan_without_interference(task, vector).to_json())
     merge_checkpoint(Location(task), vector, resolve_plan(*read_plan(plan)), folder / "offline")
     (folder / "task.txt").write_text(str(task))
     return Case.of(folder)
+
+
+def _arguments(extra: dict[str, str]) -> list[str]:
+    return ["--load-format", "enchtable", "--model-loader-extra-config", json.dumps(extra)]
 
 
 def _first_layers(model: Path, layers: int, folder: Path) -> Path:
@@ -91,6 +109,17 @@ def _first_layers(model: Path, layers: int, folder: Path) -> Path:
     }
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+def swap(server: Server, vector: str) -> None:
+    """Swap a vector in, or `NO_VECTOR`."""
+    answer = httpx.post(
+        f"{server.url}/v1/enchtable/swap",
+        json={"safety_vector": vector},
+        headers={"X-Enchtable-Admin-Token": _TOKEN},
+        timeout=120,
+    )
+    answer.raise_for_status()
 
 
 def apart(do: Callable[..., T], *arguments: object) -> T:
@@ -118,5 +147,7 @@ def server(
         ],
         log,
         port=free_port(),
-        variables={"VLLM_PLUGINS": ",".join(plugins), **variables},
+        variables={
+            "VLLM_PLUGINS": ",".join(plugins), "ENCHTABLE_ADMIN_TOKEN": _TOKEN, **variables
+        },
     )  # fmt: skip

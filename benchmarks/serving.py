@@ -1,13 +1,16 @@
 """A merged model served against the same model unmerged: TTFT, TPOT, end to end, tokens/s.
 
-Two servers of the real small model (SmolLM2-135M-Instruct), one merging while it loads, one of
-plain vLLM without a plugin of ours. Both are up all the time and take turns, one round of ``vllm
-bench serve`` each, in alternating order; both are started anew a few times, in alternating order
-too. Then ``vllm bench latency`` and ``throughput``, an engine for each, in turns.
+Two servers of the real small model (SmolLM2-135M-Instruct). One is of ours: its vector is swapped
+out and in, so that merged and unmerged are one process, in one place in memory, and the difference
+is the merge's alone. The other is plain vLLM without a plugin of ours: what differs there is the
+plugin's, and what two starts of the very same server differ by. All are up all the time and take
+turns, one round of ``vllm bench serve`` each, in alternating order; the servers are started anew a
+few times, in alternating order too. Then ``vllm bench latency`` and ``throughput``, an engine for
+each, in turns.
 
 Merging changes values and nothing else, so the ratio that is expected is 1: the claim is that its
 95% interval lies inside 0.98 to 1.02. A measurement that cannot fail proves nothing: ``plant``
-makes the merged server really slower by that share, and the claim must then fail.
+makes the merged model's steps really longer by that share, and the claim must then fail.
 
 Before that: both have the same modules and tensors, of the same layout, and the same compiled code;
 the weights are those of the offline merge.
@@ -35,6 +38,7 @@ from benchmarks.harness.tables import Table
 from benchmarks.harness.units import shown
 from benchmarks.vllm_bench import TOKENS, Ask, Figures, Offline, offline, serve, unit
 from enchtable_vllm.demo.server import Server
+from enchtable_vllm.plan.vector_root import NO_VECTOR
 
 PEER = "unmerged"
 QUICK = {"starts": 1, "pairs": 2, "clients": ("2",), "offline": 0, "graph": False}
@@ -42,7 +46,11 @@ FULL = {"starts": 5, "pairs": 12, "offline": 4, "compiled": True}
 LEAST, MOST = 0.98, 1.02
 #: The claim is about these; tails of a few requests are shown and decide nothing.
 CLAIMED = ("TTFT, p50", "TPOT, p50", "end to end, p50", TOKENS)
+PLAIN = "vLLM alone"
 _OURS, _MODEL = "merged", "SmolLM2-135M-Instruct"
+#: Who takes turns, and which of our server's vectors that is.
+_TURNS = {PLAIN: None, PEER: NO_VECTOR, _OURS: served.VECTOR}
+_BATCH = "batch, p50"
 _LAYERS = 2
 _REQUESTS_OF_A_CLIENT = 3
 _STARTS = re.compile(r", (\d+) starts?$")
@@ -52,14 +60,16 @@ class Options(BaseOptions):
     """Of serving."""
 
     clients: tuple[int, ...] = Field(default=(1, 4), description="requests at once")
-    starts: int = Field(default=2, ge=1, description="of both servers")
-    pairs: int = Field(default=6, ge=1, description="of rounds, after each start")
+    starts: int = Field(default=2, ge=1, description="of either server")
+    pairs: int = Field(default=6, ge=1, description="of rounds of each, after each start")
     prompt_tokens: int = Field(default=32, ge=1, description="of a request")
     output_tokens: int = Field(default=32, ge=2, description="of a request")
     offline: int = Field(default=1, ge=0, description="pairs of runs of each offline benchmark")
     compiled: bool = Field(default=False, description="servers compile; their start takes minutes")
     graph: bool = Field(default=True, description="the compiled code is compared, too")
-    plant: float = Field(default=0.0, ge=0, description="the share by which 'merged' is slowed")
+    plant: float = Field(
+        default=0.0, ge=0, description="the share by which steps are slowed while merged"
+    )
 
 
 def verify(options: Options) -> None:
@@ -105,12 +115,12 @@ def measure(options: Options) -> Iterator[Row]:
     found: dict[tuple[int, str], list[Figures]] = defaultdict(list)
     for start in range(options.starts):
         with ExitStack() as stack:
-            servers = _started(stack, case, options, start)
+            turns = _Turns(*_started(stack, case, options, start), options)
             for clients in options.clients:
-                _rounds(servers, _ask(options, clients), options, start, found)
+                _rounds(turns, _ask(options, clients), start, found)
     for clients in options.clients:
         shape = f"{_MODEL}, {_count(clients, 'client')}, {_count(options.starts, 'start')}"
-        for provider in (PEER, _OURS):
+        for provider in _TURNS:
             yield from _rows("serve", provider, shape, found[clients, provider])
     yield from _offline(case, "latency", options)
     yield from _offline(case, "throughput", options)
@@ -123,39 +133,59 @@ def _ask(options: Options, clients: int) -> Ask:
 
 def _started(
     stack: ExitStack, case: served.Case, options: Options, start: int
-) -> dict[str, Server]:
-    """Both servers; who is first alternates."""
+) -> tuple[Server, Server]:
+    """Ours and plain vLLM; who is first alternates."""
     servers = {}
-    for name in _turn((PEER, _OURS), start):
-        log = options.scratch / f"{name}-{start}.log"
+    for name in _turn((PLAIN, _OURS), start):
+        log = options.scratch / f"{name.replace(' ', '-')}-{start}.log"
         plugins, variables, arguments = [], {}, []
         if name == _OURS:
-            plugins, arguments = ["enchtable"], case.merging
+            plugins, arguments = ["enchtable"], case.swapping
             if options.plant:
                 plugins.append(plant.NAME)
-                variables = plant.variables(options.scratch / "plant", options.plant)
+                variables = plant.variables(options.scratch / "plant")
         server = served.server(
             case.task, log, arguments, plugins=plugins, compiled=options.compiled, **variables
         )
         servers[name] = stack.enter_context(server)
     merged = {name: len(server.lines("safety vector merged: ")) for name, server in servers.items()}
-    if merged != {_OURS: 1, PEER: 0}:
+    if merged != {_OURS: 1, PLAIN: 0}:
         raise NotVerified("servers that merged", expected=_OURS, got=merged, fix="See their logs.")
-    return servers
+    return servers[_OURS], servers[PLAIN]
+
+
+class _Turns:
+    """Whose turn it is."""
+
+    def __init__(self, ours: Server, plain: Server, options: Options) -> None:
+        self.options = options
+        self._ours, self._plain = ours, plain
+        self._served = served.VECTOR
+
+    def of(self, name: str) -> Server:
+        """The server that serves this, from now on."""
+        vector = _TURNS[name]
+        if vector is None:
+            return self._plain
+        if vector != self._served:
+            served.swap(self._ours, vector)
+            self._served = vector
+        if self.options.plant:
+            share = self.options.plant if name == _OURS else 0.0
+            plant.slow_down(self.options.scratch / "plant", share)
+        return self._ours
 
 
 def _rounds(
-    servers: dict[str, Server],
-    ask: Ask,
-    options: Options,
-    start: int,
-    found: dict[tuple[int, str], list[Figures]],
+    turns: _Turns, ask: Ask, start: int, found: dict[tuple[int, str], list[Figures]]
 ) -> None:
-    for pair in range(-1, options.pairs):  # the first warms the kernels for these shapes
-        for name in _turn((PEER, _OURS), pair + start):
+    pairs = turns.options.pairs
+    for pair in range(-1, pairs):  # the first warms the kernels for these shapes
+        for name in _turn(tuple(_TURNS), pair + start):
+            server = turns.of(name)
             time.sleep(served.IDLE_SECONDS)
-            seed = start * options.pairs + pair + 1
-            figures = serve(servers[name].url, servers[name].command[2], ask, seed)
+            seed = start * pairs + pair + 1
+            figures = serve(server.url, server.command[2], ask, seed)
             if pair >= 0:
                 found[ask.clients, name].append(figures)
 
@@ -165,7 +195,7 @@ def _offline(case: served.Case, kind: Offline, options: Options) -> Iterator[Row
     engine = ["--dtype", "bfloat16", "--max-model-len", "512", "--enforce-eager"]
     found: dict[str, list[Figures]] = defaultdict(list)
     for pair in range(options.offline):
-        for name in _turn((PEER, _OURS), pair):
+        for name in _turn((PLAIN, _OURS), pair):
             merging = case.merging if name == _OURS else []
             made = offline(kind, case.task, ask, [*engine, *merging], options.scratch)
             found[name].append(made)
@@ -179,7 +209,7 @@ def _rows(op: str, provider: str, shape: str, rounds: Sequence[Figures]) -> Iter
         yield row(op, provider, shape, "bf16", values, metric=metric, unit=unit(metric))
 
 
-def _turn(names: tuple[str, str], number: int) -> tuple[str, ...]:
+def _turn(names: tuple[str, ...], number: int) -> tuple[str, ...]:
     return names if number % 2 == 0 else names[::-1]
 
 
@@ -188,17 +218,22 @@ def _count(number: int, what: str) -> str:
 
 
 def comparisons(rows: Sequence[Row]) -> Iterator[tuple[Row, Row, str, str]]:
-    """Merged, unmerged, their ratio within pairs, and what becomes of the claim."""
-    peers = {row.what: row for row in rows if row.provider == PEER}
-    for ours in rows:
-        if ours.provider == _OURS and ours.what in peers:
-            theirs = peers[ours.what]
-            starts = _STARTS.search(ours.shape)
-            blocks = int(starts[1]) if starts else 1
-            ratio = paired_ratio(ours.samples, theirs.samples, blocks)
-            claimed = ours.op == "serve" and ours.metric in CLAIMED and ratio.low is not None
-            outcome = verdict(ratio, LEAST, MOST) if claimed else ""
-            yield ours, theirs, _shown(ratio), outcome
+    """Ours, what it is held against, their ratio within pairs, and what becomes of the claim.
+
+    Merged against unmerged; our server, unmerged, against plain vLLM; and, offline, both at once.
+    """
+    found = {(row.provider, row.what): row for row in rows}
+    for ours, peer in ((_OURS, PEER), (PEER, PLAIN), (_OURS, PLAIN)):
+        for one in rows:
+            theirs = found.get((peer, one.what))
+            both = (ours, peer) == (_OURS, PLAIN) and one.op == "serve"
+            if one.provider == ours and theirs is not None and not both:
+                starts = _STARTS.search(one.shape)
+                blocks = int(starts[1]) if starts else 1
+                ratio = paired_ratio(one.samples, theirs.samples, blocks)
+                claimed = peer == PEER and one.op == "serve" and one.metric in CLAIMED
+                decided = claimed and ratio.low is not None
+                yield one, theirs, _shown(ratio), verdict(ratio, LEAST, MOST) if decided else ""
 
 
 def _shown(ratio: Ratio) -> str:
@@ -217,20 +252,24 @@ def bounds(rows: list[Row]) -> Iterator[str]:
             )
 
 
+def _lines(rows: Sequence[Row], peer: str) -> Iterator[list[str]]:
+    for ours, theirs, ratio, outcome in comparisons(rows):
+        if theirs.provider == peer and (peer == PEER or ours.metric in (*CLAIMED, _BATCH)):
+            what = _STARTS.sub("", ours.shape.removeprefix(f"{_MODEL}, "))
+            times = [shown(one.p50, one.unit) for one in (theirs, ours)]
+            yield [f"`vllm bench {ours.op}`, {what}", ours.metric, *times, ratio, outcome]
+
+
 def _table(results: Results) -> Table:
     rows = results.published("serving")
-    lines = [
-        [
-            f"`vllm bench {ours.op}`, {_STARTS.sub('', ours.shape.removeprefix(_MODEL + ', '))}",
-            ours.metric,
-            shown(theirs.p50, theirs.unit),
-            shown(ours.p50, ours.unit),
-            ratio,
-            outcome,
-        ]
-        for ours, theirs, ratio, outcome in comparisons(rows)
-    ]
-    return Table(["what", "figure", PEER, _OURS, "ratio in pairs", "0.98–1.02"], lines, rows)
+    heads = ["what", "figure", PEER, _OURS, "ratio in pairs", f"{LEAST}–{MOST}"]
+    return Table(heads, list(_lines(rows, PEER)), rows)
 
 
-TABLES = {"serving": _table}
+def _plain_table(results: Results) -> Table:
+    rows = results.published("serving")
+    heads = ["what", "figure", PLAIN, "ours", "ratio in pairs"]
+    return Table(heads, [line[:-1] for line in _lines(rows, PLAIN)], rows)
+
+
+TABLES = {"serving": _table, "serving-plain": _plain_table}

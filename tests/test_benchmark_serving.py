@@ -110,6 +110,11 @@ def rows(slowdown, metric="TPOT, p50"):
 
 def test_the_claim_is_about_medians():
     assert list(serving.bounds(rows(0.0))) == []
+    against_plain = [
+        dataclasses.replace(one, provider=name)
+        for one, name in zip(rows(0.05), (serving.PEER, serving.PLAIN), strict=True)
+    ]
+    assert list(serving.bounds(against_plain)) == []
     (missed,) = serving.bounds(rows(0.05))
     assert re.search(r"4 clients, 3 starts: TPOT, p50: merged / unmerged 1\.0\d\d .*fails$", missed)
     assert list(serving.bounds(rows(0.05, metric="TPOT, p99"))) == []
@@ -117,19 +122,22 @@ def test_the_claim_is_about_medians():
     assert list(serving.bounds(few)) == []  # a quick run claims nothing
 
 
-def test_a_slowed_step_takes_longer_and_gives_the_same():
+def test_a_slowed_step_takes_longer_and_gives_the_same(tmp_path):
     def step(seconds):
         time.sleep(seconds)
         return "outcome"
 
-    slowed = plant.slower(step, 1.0)
-    began = time.perf_counter()
-    assert slowed(0.05) == "outcome"
-    assert time.perf_counter() - began >= 0.1
+    plant.slow_down(tmp_path, 0.0)
+    slowed = plant.slower(step, tmp_path / "share")
+    for share, least, most in ((0.0, 0.05, 0.09), (1.0, 0.1, 10), (0.0, 0.05, 0.09)):
+        plant.slow_down(tmp_path, share)
+        began = time.perf_counter()
+        assert slowed(0.05) == "outcome"
+        assert least <= time.perf_counter() - began < most
 
 
 def test_a_plant_is_a_plugin_of_vllm(tmp_path):
-    variables = plant.variables(tmp_path, 0.05)
+    variables = plant.variables(tmp_path)
     asked = (
         "from importlib.metadata import entry_points as e; print(e(group='vllm.general_plugins'))"
     )
@@ -203,7 +211,7 @@ def test_what_differs_is_named():
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_planted_slowdown_is_caught():
-    """Real servers, one of them really slower: by half, which any machine can see."""
+    """A real server, really slower while it is merged: by half, which any machine can see."""
     command = [sys.executable, "-m", "benchmarks", "run", "serving", "--no-write", "--json"]
     chosen = ("starts=1", "pairs=8", "clients=2", "offline=1", "graph=false", "plant=0.5")
     done = subprocess.run(
