@@ -1,29 +1,33 @@
 """What a user would do instead of a merge, and what each token of it costs.
 
-The same task model (SmolLM2-135M-Instruct) on the same machine, in one interleaved run: as it is;
-merged while it loads; with the same merge as a LoRA adapter, of a usual rank and of the highest
-that vLLM accepts; with Self-Reminder's words around each prompt; with SafeDecoding, whose expert's
-weights are small and random: what it answers means nothing here, and it costs what a trained one
-costs.
+The same task model (SmolLM2-135M-Instruct) on the same machine, in one interleaved run: as it is,
+and merged, by one server whose vector is swapped out and in; with the same merge as a LoRA adapter,
+of a usual rank and of the highest that vLLM accepts; with Self-Reminder's words around each prompt;
+with SafeDecoding, whose expert's weights are small and random: what it answers means nothing here,
+and it costs what a trained one costs.
 
 The delta of this benchmark is noise, of which a low rank holds the least: how much each adapter
 captures is among the figures, and says nothing about the vector of a trained model.
 
-Before that: the highest rank's adapter brings the served model nearer to the merged one.
+Before the first round: the highest rank's adapter brings the served model nearer to the merged one.
 """
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import httpx
 from pydantic import Field
 
 from benchmarks import adapters, served
-from benchmarks.asking import Asked, Batch, plainly, prompt, reminded, safedecoding
+from benchmarks.asking import Asked, Batch, Way, plainly, prompt, reminded, safedecoding
 from benchmarks.harness import NotVerified, Row, row
 from benchmarks.harness import Options as BaseOptions
 from benchmarks.harness.paired import paired_ratio
@@ -32,6 +36,7 @@ from benchmarks.harness.tables import Table
 from benchmarks.harness.units import shown
 from benchmarks.vllm_bench import unit
 from enchtable_vllm.demo.server import Server
+from enchtable_vllm.plan.vector_root import NO_VECTOR
 
 PEER = "task model"
 QUICK = {"rounds": 2, "ranks": ("8",), "requests": 2, "tokens": 8}
@@ -39,26 +44,38 @@ FULL = {"rounds": 40}
 _MERGED, _MODEL = "merged", "SmolLM2-135M-Instruct"
 _CAPTURED = "captured energy"
 _NEAREST, _EXPERT = "nearest", "expert"
+_TEXTS = [prompt(number) for number in range(4)]
 
 
 class Options(BaseOptions):
     """Of the alternatives."""
 
-    rounds: int = Field(default=4, ge=1, description="of each, in turns")
+    rounds: int = Field(default=3, ge=1, description="of each, in turns")
     clients: int = Field(default=2, ge=1, description="requests at once")
-    requests: int = Field(default=4, ge=1, description="of a round")
+    requests: int = Field(default=2, ge=1, description="of a round")
     tokens: int = Field(default=24, ge=3, description="of an answer")
     ranks: tuple[int, ...] = Field(default=(16, 512), description="of adapters; vLLM knows some")
 
 
 def verify(options: Options) -> None:
-    """The servers serve what they are said to: merged, or nearly so through an adapter."""
+    """The merge is the one that adapters approximate; what is served is looked at in `measure`."""
     case = served.apart(served.small_case, options.scratch / "small")
     captured = served.apart(_write_adapters, case, options.scratch, options.ranks)
     (options.scratch / "captured").write_text(" ".join(map(str, captured)))
-    with _servers(case, options) as servers:
-        far = _distance(servers[PEER], servers[_MERGED])
-        near = _distance(servers[_lora(max(options.ranks))], servers[_MERGED], _NEAREST)
+    if not all(0 < share <= 1 for share in captured) or sorted(captured) != captured:
+        raise NotVerified(
+            "energy captured by adapters", expected="more, up to all, the higher the rank",
+            got=captured, fix="No figure is reported.",
+        )  # fmt: skip
+
+
+def _demand_nearer(servers: _Servers, options: Options) -> None:
+    """The servers serve what they are said to: merged, or nearly so through an adapter."""
+    with_adapter = servers.lora[max(options.ranks)]
+    merged = [_logprobs(servers.swapped.serving(served.VECTOR), None, text) for text in _TEXTS]
+    plain = [_logprobs(servers.swapped.serving(NO_VECTOR), None, text) for text in _TEXTS]
+    adapted = [_logprobs(with_adapter, _NEAREST, text) for text in _TEXTS]
+    far, near = _distance(plain, merged), _distance(adapted, merged)
     if not 0 < near < far:
         raise NotVerified(
             "log probabilities through the adapter", expected=f"nearer to the merge than {far:.4f}",
@@ -79,6 +96,7 @@ def measure(options: Options) -> Iterator[Row]:
     """Figures of a round, in the order of the rounds: those of a round stand in the same place."""
     batch = Batch(options.clients, options.requests, options.tokens)
     with _servers(served.Case.of(options.scratch / "small"), options) as servers:
+        _demand_nearer(servers, options)
         found = _rounds(_asked(servers, options), batch, options.rounds)
     shape = f"{_MODEL}, {options.clients} clients, {options.tokens} tokens"
     for provider, rounds in found.items():
@@ -90,67 +108,82 @@ def measure(options: Options) -> Iterator[Row]:
         yield row("adapter", _lora(rank), _MODEL, "bf16", [float(share)], metric=_CAPTURED, unit="")
 
 
+@dataclass(frozen=True)
+class _Servers:
+    """One of the task model, merged by turns, and one for each rank: a server has one."""
+
+    swapped: served.Swapped
+    lora: Mapping[int, Server]
+
+
 @contextmanager
-def _servers(case: served.Case, options: Options) -> Iterator[dict[str, Server]]:
-    """Of the task model, of the merged one, and one for each rank: a server has one."""
-    starts: dict[str, tuple[list[str], list[str]]] = {
-        PEER: ([], []),
-        _MERGED: (case.merging, ["enchtable"]),
-    }
-    for rank in options.ranks:
-        modules = [f"{n}={options.scratch / f'{n}-{rank}'}" for n in (_NEAREST, _EXPERT)]
-        starts[_lora(rank)] = (
-            ["--enable-lora", "--max-lora-rank", str(rank), "--lora-modules", *modules],
-            [],
-        )
+def _servers(case: served.Case, options: Options) -> Iterator[_Servers]:
     with ExitStack() as stack:
-        servers = {}
-        for name, (arguments, plugins) in starts.items():
+
+        def start(name: str, arguments: list[str], plugins: Sequence[str] = ()) -> Server:
             log = options.scratch / f"{name}.log"
             server = served.server(case.task, log, arguments, plugins=plugins)
-            servers[name] = stack.enter_context(server)
-        yield servers
+            return stack.enter_context(server)
+
+        swapped = served.Swapped(start("swapped", case.swapping, ["enchtable"]))
+        lora = {}
+        for rank in options.ranks:
+            modules = [f"{n}={options.scratch / f'{n}-{rank}'}" for n in (_NEAREST, _EXPERT)]
+            adapter = ["--enable-lora", "--max-lora-rank", str(rank), "--lora-modules", *modules]
+            lora[rank] = start(f"lora-{rank}", adapter)
+        yield _Servers(swapped, lora)
 
 
-def _asked(servers: Mapping[str, Server], options: Options) -> dict[str, Asked]:
-    plain, merged = (servers[name] for name in (PEER, _MERGED))
-    name = plain.command[2]
-    found = {PEER: Asked(plain.url, name, plainly), _MERGED: Asked(merged.url, name, plainly)}
-    for rank in options.ranks:
-        found[_lora(rank)] = Asked(servers[_lora(rank)].url, _NEAREST, plainly)
-    found["Self-Reminder"] = Asked(plain.url, name, reminded)
-    mixing = servers[_lora(min(options.ranks))]
+#: Asks for a round, of the server that is then ready for it.
+_Round = Callable[[Batch, int], dict[str, float]]
+
+
+def _asked(servers: _Servers, options: Options) -> dict[str, _Round]:
+    unmerged = partial(servers.swapped.serving, NO_VECTOR)
+    merged = partial(servers.swapped.serving, served.VECTOR)
+    adapted = {_lora(rank): partial(servers.lora.__getitem__, rank) for rank in options.ranks}
     # Two tokens are asked for four times; an answer of one token takes two requests.
-    found["SafeDecoding"] = Asked(mixing.url, name, safedecoding(_EXPERT), unanswered=(2, 1))
-    return found
+    mixed = partial(_ask, adapted[_lora(min(options.ranks))], None, safedecoding(_EXPERT), (2, 1))
+    return {
+        PEER: partial(_ask, unmerged, None, plainly, (0, 0)),
+        _MERGED: partial(_ask, merged, None, plainly, (0, 0)),
+        **{name: partial(_ask, one, _NEAREST, plainly, (0, 0)) for name, one in adapted.items()},
+        "Self-Reminder": partial(_ask, unmerged, None, reminded, (0, 0)),
+        "SafeDecoding": mixed,
+    }
+
+
+def _ask(
+    ready: Callable[[], Server],
+    model: str | None,
+    way: Way,
+    unanswered: tuple[int, int],
+    batch: Batch,
+    number: int,
+) -> dict[str, float]:
+    server = ready()
+    time.sleep(served.IDLE_SECONDS)
+    return Asked(server.url, model or server.command[2], way, unanswered).round(batch, number)
 
 
 def _rounds(
-    asked: Mapping[str, Asked], batch: Batch, rounds: int
+    asked: Mapping[str, _Round], batch: Batch, rounds: int
 ) -> dict[str, list[dict[str, float]]]:
     found: dict[str, list[dict[str, float]]] = {name: [] for name in asked}
     names = list(asked)
     for number in range(-1, rounds):  # the first warms the kernels for these shapes
         first = number % len(names)
         for name in names[first:] + names[:first]:
-            time.sleep(served.IDLE_SECONDS)
-            figures = asked[name].round(batch, number + 1)
+            figures = asked[name](batch, number + 1)
             if number >= 0:
                 found[name].append(figures)
     return found
 
 
-def _distance(one: Server, other: Server, model: str | None = None) -> float:
+def _distance(one: Sequence[Sequence[float]], other: Sequence[Sequence[float]]) -> float:
     """Between two models' log probabilities of the words of a few prompts: the mean difference."""
-    differences = [
-        abs(mine - theirs)
-        for number in range(4)
-        for mine, theirs in zip(
-            _logprobs(one, model, prompt(number)), _logprobs(other, None, prompt(number)),
-            strict=True,
-        )
-    ]  # fmt: skip
-    return sum(differences) / len(differences)
+    pairs = zip(chain(*one), chain(*other), strict=True)
+    return statistics.fmean(abs(mine - theirs) for mine, theirs in pairs)
 
 
 def _logprobs(server: Server, model: str | None, text: str) -> list[float]:

@@ -35,7 +35,10 @@ __all__ = ["FULL", "PEER", "QUICK", "TABLES", "Options", "bounds", "measure", "v
 
 PEER = AUTO
 QUICK = {"models": ("small",), "rounds": 1, "cold_rounds": 1, "starts": 0}
-FULL = {"rounds": 9, "cold_rounds": 5, "starts": 5, "threads": (1, 2), "ranks": (1, 2)}
+FULL = {
+    "rounds": 9, "cold_rounds": 5, "threads": (1, 2),
+    "starts": 5, "start_all": True, "ranks": (1, 2),
+}  # fmt: skip
 
 
 class Options(BaseOptions):
@@ -43,11 +46,12 @@ class Options(BaseOptions):
 
     models: tuple[str, ...] = Field(default=("small", "1b"), description="small, 1b")
     rounds: int = Field(default=5, ge=1, description="how often each is loaded, warm")
-    cold_rounds: int = Field(default=3, description="how often cold")
+    cold_rounds: int = Field(default=2, description="how often cold")
     threads: tuple[int, ...] = Field(
         default_factory=lambda: (torch.get_num_threads(),), description="torch's, one after another"
     )
     starts: int = Field(default=3, description="how often each server starts; 0: none")
+    start_all: bool = Field(default=False, description="int8 and merged to disk are served, too")
     ranks: tuple[int, ...] = Field(default=(1,), description="of those servers")
 
 
@@ -73,7 +77,8 @@ def measure(options: Options) -> Iterator[Row]:
     if options.starts:
         case = load_cases.case(options.models[0], options.scratch / options.models[0])
         for ranks in options.ranks:
-            yield from until_ready(case, options.starts, ranks)
+            providers = case.providers() if options.start_all else [AUTO, "enchtable bf16"]
+            yield from until_ready(case, providers, options.starts, ranks)
 
 
 def _apart(call: Callable[..., Any], *arguments: Any) -> Any:

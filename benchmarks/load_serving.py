@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -18,12 +18,12 @@ from benchmarks.load_worker import AUTO, MERGED, Case
 from enchtable_vllm.demo.server import Server, free_port
 
 
-def until_ready(case: Case, starts: int, ranks: int) -> Iterator[Row]:
+def until_ready(case: Case, providers: Sequence[str], starts: int, ranks: int) -> Iterator[Row]:
     """Start a server for each provider, so often, one after the other.
 
     Files, bytecode and the compiled loop are in their caches: all have been loaded before.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in case.providers()}
+    seconds: dict[str, list[float]] = {name: [] for name in providers}
     peaks: dict[str, list[float]] = {name: [] for name in seconds}
     for _ in range(starts):
         for provider in seconds:

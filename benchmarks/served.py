@@ -69,7 +69,7 @@ class Case:
 
     @property
     def swapping(self) -> list[str]:
-        """Arguments that merge it while it loads, and can take it out again: see `swap`."""
+        """Arguments that merge it while it loads, and can take it out again: see `Swapped`."""
         return _arguments({"vector_root": str(self.root), "safety_vector": VECTOR})
 
 
@@ -111,15 +111,25 @@ def _first_layers(model: Path, layers: int, folder: Path) -> Path:
     return folder
 
 
-def swap(server: Server, vector: str) -> None:
-    """Swap a vector in, or `NO_VECTOR`."""
-    answer = httpx.post(
-        f"{server.url}/v1/enchtable/swap",
-        json={"safety_vector": vector},
-        headers={"X-Enchtable-Admin-Token": _TOKEN},
-        timeout=120,
-    )
-    answer.raise_for_status()
+class Swapped:
+    """A server that merged `VECTOR` while it started, and serves it or none by turns."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._vector = VECTOR
+
+    def serving(self, vector: str) -> Server:
+        """The server, with this vector or `NO_VECTOR` from now on."""
+        if vector != self._vector:
+            answer = httpx.post(
+                f"{self._server.url}/v1/enchtable/swap",
+                json={"safety_vector": vector},
+                headers={"X-Enchtable-Admin-Token": _TOKEN},
+                timeout=120,
+            )
+            answer.raise_for_status()
+            self._vector = vector
+        return self._server
 
 
 def apart(do: Callable[..., T], *arguments: object) -> T:

@@ -60,7 +60,7 @@ class Options(BaseOptions):
     """Of serving."""
 
     clients: tuple[int, ...] = Field(default=(1, 4), description="requests at once")
-    starts: int = Field(default=2, ge=1, description="of either server")
+    starts: int = Field(default=1, ge=1, description="of either server")
     pairs: int = Field(default=6, ge=1, description="of rounds of each, after each start")
     prompt_tokens: int = Field(default=32, ge=1, description="of a request")
     output_tokens: int = Field(default=32, ge=2, description="of a request")
@@ -159,21 +159,17 @@ class _Turns:
 
     def __init__(self, ours: Server, plain: Server, options: Options) -> None:
         self.options = options
-        self._ours, self._plain = ours, plain
-        self._served = served.VECTOR
+        self._ours, self._plain = served.Swapped(ours), plain
 
     def of(self, name: str) -> Server:
         """The server that serves this, from now on."""
         vector = _TURNS[name]
         if vector is None:
             return self._plain
-        if vector != self._served:
-            served.swap(self._ours, vector)
-            self._served = vector
         if self.options.plant:
             share = self.options.plant if name == _OURS else 0.0
             plant.slow_down(self.options.scratch / "plant", share)
-        return self._ours
+        return self._ours.serving(vector)
 
 
 def _rounds(
