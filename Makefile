@@ -31,7 +31,7 @@ test-gpu: $(READY) ## Run the tests that need a CUDA device.
 test-slow: $(READY) ## Run the tests that take minutes.
 	@$(BIN)/python -m pytest -m slow
 
-bench: $(READY) ## Measure all that needs no GPU, 50 minutes; write the tables and plots of the pages. FULL=1
+bench: $(READY) ## Measure all that needs no GPU, 30 minutes; write the tables and plots of the pages. FULL=1
 	@$(BIN)/python -m benchmarks run --device cpu $(if $(FULL),--full); \
 	    code=$$?; $(MAKE) --no-print-directory tables && exit $$code
 

@@ -85,13 +85,13 @@ class Benchmark:
 REGISTRY = (
     Benchmark("kernels", "The fused addition against memcpy and torch", "cpu", 1),
     Benchmark("kernels-cuda", "The same on a GPU, by size and variant", "cuda", 10),
-    Benchmark("plan", "Planning against the algorithm as published", "cpu", 6),
+    Benchmark("plan", "Planning against the algorithm as published", "cpu", 5),
     Benchmark("plan-cuda", "The same on a GPU, layers of 8B's shapes", "cuda", 6),
-    Benchmark("load", "Loading against plain vLLM and merging to disk", "cpu", 12),
+    Benchmark("load", "Loading against plain vLLM and merging to disk", "cpu", 7),
     Benchmark("load-cuda", "The merged stream to a GPU against plain safetensors", "cuda", 2),
-    Benchmark("swap", "Swapping under load against a restart", "cpu", 5),
-    Benchmark("serving", "A merged model served against the same unmerged", "cpu", 13),
-    Benchmark("alternatives", "A merge against LoRA, Self-Reminder, SafeDecoding", "cpu", 13),
+    Benchmark("swap", "Swapping under load against a restart", "cpu", 4),
+    Benchmark("serving", "A merged model served against the same unmerged", "cpu", 10),
+    Benchmark("alternatives", "A merge against LoRA, Self-Reminder, SafeDecoding", "cpu", 5),
 )
 
 
