@@ -5,18 +5,12 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_merge import Q, inputs
 
 from enchtable_vllm.checkpoint import Checkpoint
 from enchtable_vllm.errors import CheckpointError, MismatchError, SafetyVectorError
 from enchtable_vllm.merge import TensorMerge
-from enchtable_vllm.plan import read_plan, resolve_plan
 from enchtable_vllm.vector import SafetyVector
-
-Q = "model.layers.0.self_attn.q_proj.weight"
-
-
-def inputs(family):
-    return SafetyVector.open(family.vector), resolve_plan(*read_plan(family.plan))
 
 
 def change_one_byte(path, name):
