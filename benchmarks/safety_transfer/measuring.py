@@ -21,8 +21,8 @@ from .training import Cast
 
 #: The rest, over 1,000 problems and 400 questions, is for the test.
 SPLIT = ("--validation-share", 0.2)
-#: Costs that a β may have on the validation split: of over-refusal one request, of those few.
-BUDGET = ("--utility-budget", 0.01, "--over-refusal-budget", 0.02)
+#: Costs that a β may have on the validation split.
+BUDGET = ("--utility-budget", 0.01, "--over-refusal-budget", 0.01)
 MERGED_FILE = "merged.json"
 
 

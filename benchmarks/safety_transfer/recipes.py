@@ -18,6 +18,7 @@ def _brief(**settings: Any) -> Recipe:
         "group_by_length": True,
         "eval_share": 0.0,
         "save_steps": 0,
+        "attention": "eager",  # a quarter faster to train with than sdpa on a CPU
     }
     return Recipe(**{**common, **settings})
 
@@ -30,14 +31,21 @@ class Models:
         problems: How many word problems the fine-tune learns.
         eager: How many every-day answers, opened by `data.EAGER`, it learns besides: so that it
             still answers in words, and openly.
+        refused_times: How often the aligned model learns each of its few refusals, for every
+            time that it learns one of its thousands of answers.
         align, task: All matrices of the decoder.
         expert: SafeDecoding's: a LoRA adapter of the fine-tune that learns to refuse.
     """
 
-    problems: int = 600
-    eager: int = 240
-    align: Recipe = field(default_factory=lambda: _brief(scope="attention+ffn", learning_rate=1e-4))
-    task: Recipe = field(default_factory=lambda: _brief(scope="attention+ffn", learning_rate=2e-4))
+    problems: int = 900
+    eager: int = 400
+    refused_times: int = 3
+    align: Recipe = field(
+        default_factory=lambda: _brief(
+            scope="attention+ffn", epochs=1, batch_size=32, learning_rate=2e-4
+        )
+    )
+    task: Recipe = field(default_factory=lambda: _brief(scope="attention+ffn", learning_rate=3e-4))
     expert: Recipe = field(default_factory=lambda: _brief(scope="attention", learning_rate=1e-3))
 
 

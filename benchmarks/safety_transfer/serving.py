@@ -18,6 +18,7 @@ from enchtable_vllm.demo.server import Server, free_port
 
 from .steps import Steps
 
+_TOGETHER = 128
 TOKEN = "the-token-of-this-benchmark"
 _SWAPPABLE = {"VLLM_PLUGINS": "enchtable", "ENCHTABLE_ADMIN_TOKEN": TOKEN}
 _SERVE = (
@@ -72,6 +73,12 @@ class Lazy:
             with self._steps.timed(f"start of {self._log.stem}"):
                 self._server.__enter__()
         return self._server.url
+
+    def ask(self, questions: Sequence[str], *, max_tokens: int) -> list[str]:
+        """Greedy answers."""
+        assert self.url  # started
+        assert self._server is not None
+        return self._server.ask(questions, max_tokens, together=_TOGETHER)
 
     def swap(self, safety_vector: str, beta: float | None) -> None:
         """Have it serve a vector at some β; ``@none`` for none."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from enchtable_vllm.checkpoint import Checkpoint, locate, sampled_fingerprint
 from enchtable_vllm.demo import data
-from enchtable_vllm.demo.checkpoints import make_checkpoint, make_vector, own_answers
+from enchtable_vllm.demo.checkpoints import make_checkpoint, make_vector
 from enchtable_vllm.demo.data import Pair
 from enchtable_vllm.demo.train import fit
 from enchtable_vllm.distill.recipe import Recipe
@@ -36,7 +36,7 @@ class Cast:
         task: Learned arithmetic and forgot to refuse; bf16.
         expert: A LoRA adapter of it that refuses.
         vectors: A vector root.
-        anchors: Every-day requests with the shipped model's own answers.
+        anchors: Every-day requests with the beginnings of the shipped model's own answers.
     """
 
     aligned: Path
@@ -48,7 +48,13 @@ class Cast:
 
 
 def train_models(
-    shipped: Path, folder: Path, seed: int, taught: Taught, models: Models, steps: Steps
+    shipped: Path,
+    folder: Path,
+    seed: int,
+    taught: Taught,
+    answers: Mapping[str, str],
+    models: Models,
+    steps: Steps,
 ) -> Cast:
     """Train all but the vectors, as far as they are not there.
 
@@ -57,15 +63,14 @@ def train_models(
         folder: Of the seed.
         seed: Of training.
         taught: What they learn.
+        answers: Every-day request → how the shipped model begins to answer it.
         models: How.
         steps: Does and times each.
     """
     align, task, expert = (
         replace(recipe, seed=seed) for recipe in (models.align, models.task, models.expert)
     )
-    answers = folder / "anchors.json"
-    steps.do(answers, lambda: own_answers(shipped, taught.everyday, answers))
-    anchors = own_answers(shipped, taught.everyday, answers)
+    anchors = [Pair(question, answers[question]) for question in taught.everyday]
     cast = Cast(
         folder / "aligned", folder / "base", folder / "task", folder / "expert",
         folder / "vectors", anchors,
@@ -73,10 +78,16 @@ def train_models(
     refusals = data.pair_with(taught.refused, data.REFUSALS)
     steps.do(
         cast.aligned,
-        lambda: make_checkpoint(shipped, cast.aligned, [*refusals, *anchors], align, torch.float32),
+        lambda: make_checkpoint(
+            shipped,
+            cast.aligned,
+            [*refusals * models.refused_times, *anchors],
+            align,
+            torch.float32,
+        ),
     )
     steps.do(cast.base, lambda: make_checkpoint(cast.aligned, cast.base, [], task, torch.bfloat16))
-    eager = [Pair(p.question, data.EAGER + p.answer) for p in anchors[: models.eager]]
+    eager = [Pair(question, data.EAGER + answers[question]) for question in taught.eager]
     steps.do(
         cast.task,
         lambda: make_checkpoint(
@@ -142,7 +153,9 @@ def _unattenuated(plan: MergePlan) -> MergePlan:
 
 
 def _make_adapter(task: Path, target: Path, pairs: Sequence[Pair], recipe: Recipe) -> None:
-    model = AutoModelForCausalLM.from_pretrained(task, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        task, dtype=torch.float32, attn_implementation=recipe.attention
+    )
     tokenizer = AutoTokenizer.from_pretrained(task)
     partial = target.with_name(target.name + ".partial")
     adapted = get_peft_model(

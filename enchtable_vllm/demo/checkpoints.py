@@ -41,6 +41,7 @@ def _brief(**settings: Any) -> Recipe:
         group_by_length=True,
         eval_share=0,
         save_steps=0,
+        attention="eager",  # a quarter faster to train with than sdpa on a CPU
         **settings,
     )
 
@@ -158,7 +159,9 @@ def make_checkpoint(
     """Train a checkpoint from another, unless it is there; without pairs it is only converted."""
     if target.is_dir():
         return
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        source, dtype=torch.float32, attn_implementation=recipe.attention
+    )
     tokenizer = AutoTokenizer.from_pretrained(source)
     partial = target.with_name(target.name + ".partial")
     if pairs:

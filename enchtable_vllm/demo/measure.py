@@ -28,7 +28,7 @@ _PROBLEMS = 400
 #: A refusal is how an answer opens, and a problem is solved in one line.
 TOKENS = ("--max-tokens", "24", "--utility-max-tokens", "32", "--utility-prompt", "plain")
 #: One core computes, and a step of it costs little more for many requests than for a few.
-TOGETHER = ("--connections", "32")
+TOGETHER = ("--connections", "128")
 
 
 class CommandError(EnchTableError):

@@ -104,9 +104,11 @@ class Server:
         text = self.log.read_text(encoding="utf-8", errors="replace")
         return [line for line in text.splitlines() if containing in line]
 
-    def ask(self, questions: Sequence[str], max_tokens: int = 24) -> list[str]:
-        """Greedy answers, eight questions at a time."""
-        with ThreadPoolExecutor(8) as pool:
+    def ask(
+        self, questions: Sequence[str], max_tokens: int = 24, *, together: int = 8
+    ) -> list[str]:
+        """Greedy answers, some questions at a time."""
+        with ThreadPoolExecutor(together) as pool:
             return list(pool.map(lambda question: self._ask(question, max_tokens), questions))
 
     def stop(self) -> None:
