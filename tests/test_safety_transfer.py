@@ -3,13 +3,14 @@
 import json
 
 import pytest
+import torch
 import yaml
 
 from benchmarks.safety_transfer import findings, material
 from benchmarks.safety_transfer.measuring import SPLIT, chosen, reaching
 from benchmarks.safety_transfer.recipes import ABLATIONS, MAIN
 from benchmarks.safety_transfer.steps import Steps
-from benchmarks.safety_transfer.training import _unattenuated
+from benchmarks.safety_transfer.training import _unattenuated, reweight
 from enchtable_vllm.checkpoint import locate
 from enchtable_vllm.demo import data, everyday
 from enchtable_vllm.evaluate.prompts import read_prompts
@@ -19,7 +20,7 @@ from enchtable_vllm.evaluate.tune_choice import Step
 from enchtable_vllm.evaluate.utility import read_utility
 from enchtable_vllm.merge import merge_checkpoint
 from enchtable_vllm.plan import read_plan, resolve_plan
-from enchtable_vllm.vector import SafetyVector
+from enchtable_vllm.vector import SafetyVector, build_vector
 
 TRAINED = 600
 EAGER = 8
@@ -243,3 +244,19 @@ def test_ablations_change_one_thing_each():
     for variant in ABLATIONS:
         settings = variant.recipe.to_json(), variant.share, variant.harmless, variant.attenuated
         assert settings != (MAIN.recipe.to_json(), MAIN.share, MAIN.harmless, MAIN.attenuated)
+        before = names[: names.index(variant.name)]
+        assert variant.reweights is None or variant.reweights in before
+
+
+def test_a_vector_is_reweighted_in_its_feed_forward_part_alone(family, tmp_path):
+    whole = tmp_path / "whole"
+    build_vector(locate(family.aligned), locate(family.surrogate), whole, scope="attention+ffn")
+    reweight(family.aligned, whole, tmp_path / "halved", 0.5)
+    before, after = SafetyVector.open(whole), SafetyVector.open(tmp_path / "halved")
+    assert before.tensors.keys() == after.tensors.keys()
+    for name in before.tensors:
+        share = 0.5 if "mlp" in name else 1.0
+        torch.testing.assert_close(
+            after.read(name).float(), share * before.read(name).float(), rtol=1e-2, atol=1e-6
+        )
+    assert not list(tmp_path.glob("tmp*"))  # the surrogate is gone

@@ -23,6 +23,7 @@ from .training import distil_vector, train_models
 _PROBLEMS = 1300
 _PUBLISHED_BETA = 0.1
 _BETAS = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.6)
+_ABLATED_BETAS = (0.1, 0.2, 0.3, 0.5)
 #: Of an every-day answer: a refusal is how an answer opens, and so is what is learned instead.
 _ANSWER_TOKENS = 12
 _EXPERT = "expert"
@@ -136,7 +137,7 @@ def _ablate(asking: Asking, beta: float, complied: Sequence[str]) -> None:
         distil_vector(asking.cast, variant, complied, asking.steps)
     with _merging(asking, "ablations") as server:
         for variant in ABLATIONS:
-            its_own, _ = chosen(asking.tune(server, variant.name, _BETAS))
+            its_own, _ = chosen(asking.tune(server, variant.name, _ABLATED_BETAS))
             asking.evaluate_merged(server, variant.name, variant.name, its_own)
     with _merging(asking, "stochastic", rounding="stochastic") as server:
         for name, at in (("stochastic", beta), ("stochastic-published", _PUBLISHED_BETA)):

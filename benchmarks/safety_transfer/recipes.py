@@ -61,6 +61,9 @@ class Variant:
             the shipped model does, which keeps it from changing there. ``refused``: so that its
             difference to the aligned model holds not only what refuses, but what tells apart.
         attenuated: Whether the plan attenuates; without, every matrix takes the norm scale.
+        reweights: The vector, of attention and feed-forward, that this one is: not trained anew.
+        feed_forward: What its feed-forward matrices are multiplied by; so, for every β, theirs is
+            another than attention's.
     """
 
     name: str
@@ -68,6 +71,8 @@ class Variant:
     share: float = 1.0
     harmless: Literal["answered", "refused", "none"] = "answered"
     attenuated: bool = True
+    reweights: str | None = None
+    feed_forward: float = 1.0
 
     def seeded(self, seed: int) -> Variant:
         """The same, trained in another order."""
@@ -82,6 +87,15 @@ ABLATIONS = (
     Variant("contrasted", _DISTIL, harmless="refused"),
     Variant("ffn", replace(_DISTIL, scope="ffn")),
     Variant("attention-ffn", replace(_DISTIL, scope="attention+ffn")),
+    *(
+        Variant(
+            f"attention-ffn-{share:g}",
+            replace(_DISTIL, scope="attention+ffn"),
+            reweights="attention-ffn",
+            feed_forward=share,
+        )
+        for share in (0.5, 2.0)
+    ),
     Variant("ffn-linear", replace(_DISTIL, scope="ffn", linearize="module")),
     Variant("quarter-data", _DISTIL, share=0.25),
     Variant("half-steps", replace(_DISTIL, epochs=1)),
