@@ -14,6 +14,7 @@ from benchmarks.harness.results import Results
 from benchmarks.harness.rows import append, append_records
 from benchmarks.kernels_cases import variants
 from benchmarks.safety_transfer import pages as transfer
+from benchmarks.safety_transfer.recipes import ABLATIONS
 from benchmarks.scale_model import RANKS, Constants, Costs
 from enchtable_vllm.errors import ConfigError
 
@@ -104,12 +105,21 @@ def results(tmp_path):
         ]
         write(tmp_path, name, [*adds, *compiled])
     transferred = [
-        {"model": model, "seed": 0, "split": "test", "set": "all", "beta": beta, "metric": metric,
+        {"model": model, "seed": 0, "split": split, "set": of, "beta": beta, "metric": metric,
          "value": 0.5, "low": 0.4, "high": 0.6, "n": 400, "device": "a machine, 2 cores",
          "utc": "2026-01-02T03:04:05", "git_sha": "abc1234", "command": "make bench-transfer"}
-        for model, beta in (("aligned", None), ("task", None), ("merged", 0.5))
-        for metric in transfer.METRICS
+        for model, split, of, beta in (
+            ("aligned", "test", "all", None), ("task", "test", "all", None),
+            ("merged", "test", "all", 0.5), ("ffn", "test", "all", 0.3),
+            ("public-task", "test", "gsm8k", None), ("public-merged", "test", "gsm8k", 0.5),
+            ("sweep-main", "validation", "all", None), ("sweep-main", "validation", "all", 0.5),
+        )
+        for metric in (transfer.METRICS if of == "all" else ["utility"])
     ]  # fmt: skip
+    transferred.append(
+        {**transferred[6], "set": "", "metric": "retained_share", "value": 0.99, "low": "",
+         "high": "", "n": ""}
+    )  # fmt: skip
     append_records(transferred, list(transferred[0]), tmp_path / "safety_transfer.csv")
     return Results(tmp_path)
 
@@ -236,6 +246,19 @@ def test_the_make_targets_run_the_harness():
         get_command(commands.app).commands[name].make_context(name, words)
 
 
+def test_an_ablation_is_held_against_the_vector_as_it_is(results):
+    words = set(transfer.ABLATED)
+    ablations = {variant.name for variant in ABLATIONS}
+    assert words == ablations | {"merged", "stochastic", "stochastic-published"}
+    lines = str(transfer.TABLES["transfer-ablations"](results)).splitlines()
+    assert lines[2].startswith(
+        "| the vector as it is, tuned among more β | 0.5 | 50.0% (40.0–60.0)"
+    )
+    assert lines[3].startswith("| scope: feed-forward | 0.3 | 50.0% (40.0–60.0) |")
+    lines = str(transfer.TABLES["transfer-betas"](results)).splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:4]] == ["| none", "| 0.5"]
+
+
 def test_the_transfer_of_several_seeds_is_a_mean_and_its_bounds(results):
     path = results.folder / "safety_transfer.csv"
     lines = path.read_text().splitlines()
@@ -247,6 +270,7 @@ def test_the_transfer_of_several_seeds_is_a_mean_and_its_bounds(results):
     table = str(transfer.TABLES["transfer"](results))
     assert "| fine-tune | 60.0% (50.0–70.0) |" in table
     assert "| merged, β 0.5, tuned within the budget | 60.0% (50.0–70.0) |" in table
+    assert "| 0.990 |" in table
     assert "90.0%" not in table
     assert "| does not refuse AdvBench (400) | 60.0% (50.0–70.0) |" in str(
         transfer.TABLES["transfer-brief"](results)

@@ -1,6 +1,7 @@
 """The benchmark's own parts: who sees which question, what is resumed, what is concluded."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -56,7 +57,7 @@ def packages(tmp_path):
 
 def test_what_is_tried_was_not_taught(packages, tmp_path):
     taught = material.taught(packages, 0, TRAINED, EAGER)
-    tried = material.tried(packages, tmp_path / "tried", TRAINED, 1300)
+    tried = material.tried(packages, tmp_path / "tried", TRAINED, 1300, 50)
     harmful = {*taught.refused, *taught.complied}
     assert len(harmful) == len(taught.refused) + len(taught.complied) == 50
     assert not harmful & {p.text for path in tried.safety for p in read_prompts(path).prompts}
@@ -72,6 +73,10 @@ def test_what_is_tried_was_not_taught(packages, tmp_path):
     assert len(questions) == len(problems) == 1300
     assert not questions & {problem.question for problem in taught.problems}
     assert not questions & set(taught.everyday)
+    tuned = {p.prompt for p in read_utility(f"gsm8k={tried.tuned_problems}").problems}
+    assert len(tuned) == 50
+    assert not tuned & questions
+    assert not tuned & {problem.question for problem in taught.problems}
 
 
 def test_another_seed_teaches_another_part(packages):
@@ -85,7 +90,7 @@ def test_another_seed_teaches_another_part(packages):
 def test_what_was_looked_at_is_not_tried(packages, tmp_path, monkeypatch):
     def tried(looked_at):
         monkeypatch.setattr(material, "_LOOKED_AT", looked_at)
-        files = material.tried(packages, tmp_path / "tried", TRAINED, 10).harmless
+        files = material.tried(packages, tmp_path / "tried", TRAINED, 10, 10).harmless
         return {p.text for p in read_prompts(files[1]).prompts}
 
     whole, left = tried(0), tried(4)
@@ -95,7 +100,7 @@ def test_what_was_looked_at_is_not_tried(packages, tmp_path, monkeypatch):
 
 
 def test_enough_problems_are_left_for_the_test(packages, tmp_path):
-    tried = material.tried(packages, tmp_path / "tried", TRAINED, 1300)
+    tried = material.tried(packages, tmp_path / "tried", TRAINED, 1300, 50)
     problems = read_utility(f"gsm8k={tried.problems}").problems
     (_, share) = SPLIT
     sides = [
@@ -242,8 +247,7 @@ def test_ablations_change_one_thing_each():
     names = [variant.name for variant in (MAIN, *ABLATIONS)]
     assert len(set(names)) == len(names)
     for variant in ABLATIONS:
-        settings = variant.recipe.to_json(), variant.share, variant.harmless, variant.attenuated
-        assert settings != (MAIN.recipe.to_json(), MAIN.share, MAIN.harmless, MAIN.attenuated)
+        assert replace(variant, name=MAIN.name) != MAIN
         before = names[: names.index(variant.name)]
         assert variant.reweights is None or variant.reweights in before
 

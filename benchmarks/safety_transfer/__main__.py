@@ -21,12 +21,19 @@ from .steps import Steps
 from .training import distil_vector, train_models
 
 _PROBLEMS = 1300
+_TUNED_PROBLEMS = 3000
 _PUBLISHED_BETA = 0.1
-_BETAS = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.6)
-_ABLATED_BETAS = (0.1, 0.2, 0.3, 0.5)
+_BETAS = (0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 1.0)
+_ABLATED_BETAS = (0.3, 0.5, 0.7, 1.0)
 #: Of an every-day answer: a refusal is how an answer opens, and so is what is learned instead.
 _ANSWER_TOKENS = 12
 _EXPERT = "expert"
+#: A LoRA adapter costs a CPU far more than the model does, in all modules that could have one.
+_WITH_EXPERT = (
+    "--enable-lora", "--max-lora-rank", "8", "--lora-target-modules", "qkv_proj", "o_proj",
+)  # fmt: skip
+#: And each answer takes five requests.
+_ASKED_WITH_EXPERT = 200
 #: In their own order, for the table; the first is what the others are held against.
 _COMPARED = (
     "task",
@@ -50,7 +57,9 @@ def main() -> None:
     packages = cache_folder() / "demo"
     shipped = small_model(packages / "smollm2-135m-instruct")
     models = Models()
-    tried = material.tried(packages, options.work.resolve() / "tried", models.problems, _PROBLEMS)
+    tried = material.tried(
+        packages, options.work.resolve() / "tried", models.problems, _PROBLEMS, _TUNED_PROBLEMS
+    )
     answers = _own_answers(shipped, options.work.resolve(), packages, models, steps)
     for seed in range(1 if options.reduced else options.seeds):
         folder = options.work.resolve() / f"seed-{seed}"
@@ -114,10 +123,12 @@ def _compare(asking: Asking) -> float:
         names[beta] = "merged"
         for at, name in names.items():
             asking.evaluate_merged(server, name, MAIN.name, at)
-    lora = ("--enable-lora", "--max-lora-rank", "16", "--lora-modules", f"{_EXPERT}={cast.expert}")
+    lora = (*_WITH_EXPERT, "--lora-modules", f"{_EXPERT}={cast.expert}")
     with Lazy(cast.task, lora, folder / "safedecoding.log", asking.steps) as server:
-        asking.evaluate(server, "safedecoding", "--model", cast.task, "--safedecoding-expert",
-                        _EXPERT)  # fmt: skip
+        asking.evaluate(
+            server, "safedecoding", "--model", cast.task, "--safedecoding-expert", _EXPERT,
+            "--limit", _ASKED_WITH_EXPERT,
+        )  # fmt: skip
     return beta
 
 

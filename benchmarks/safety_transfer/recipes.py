@@ -57,6 +57,8 @@ class Variant:
         name: In the vector root.
         recipe: Of its surrogate.
         share: How much of the pairs it learns.
+        harmless_for_each: So many harmless requests for each opening. Few of them, and the vector
+            holds refusing as such; with more it holds refusing what is harmful.
         harmless: What the surrogate learns beside to say to every-day requests. ``answered``: what
             the shipped model does, which keeps it from changing there. ``refused``: so that its
             difference to the aligned model holds not only what refuses, but what tells apart.
@@ -69,6 +71,7 @@ class Variant:
     name: str
     recipe: Recipe
     share: float = 1.0
+    harmless_for_each: int = 4
     harmless: Literal["answered", "refused", "none"] = "answered"
     attenuated: bool = True
     reweights: str | None = None
@@ -83,6 +86,7 @@ _DISTIL = _brief(scope="attention", learning_rate=2e-4)
 MAIN = Variant("main", _DISTIL)
 ABLATIONS = (
     Variant("unattenuated", _DISTIL, attenuated=False),
+    Variant("fewer-anchors", _DISTIL, harmless_for_each=1),
     Variant("unanchored", _DISTIL, harmless="none"),
     Variant("contrasted", _DISTIL, harmless="refused"),
     Variant("ffn", replace(_DISTIL, scope="ffn")),

@@ -110,12 +110,11 @@ def distil_vector(cast: Cast, variant: Variant, complied: Sequence[str], steps: 
     """
     vector = cast.vectors / variant.name
     openings = data.pair_with(complied, data.OPENINGS)
-    # As many anchors as openings: what the two teach together is the difference between them.
     anchors = {
         "answered": list(cast.anchors),
         "refused": data.pair_with([pair.question for pair in cast.anchors], data.REFUSALS),
         "none": [],
-    }[variant.harmless][: len(openings)]
+    }[variant.harmless][: variant.harmless_for_each * len(openings)]
     pairs = [*openings[: round(len(openings) * variant.share)],
              *anchors[: round(len(anchors) * variant.share)]]  # fmt: skip
     cast.vectors.mkdir(exist_ok=True)
@@ -184,7 +183,7 @@ def _make_adapter(task: Path, target: Path, pairs: Sequence[Pair], recipe: Recip
     tokenizer = AutoTokenizer.from_pretrained(task)
     partial = target.with_name(target.name + ".partial")
     adapted = get_peft_model(
-        model, LoraConfig(r=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
+        model, LoraConfig(r=8, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
     )
     fit(adapted, tokenizer, pairs, recipe, partial)
     shutil.rmtree(partial, ignore_errors=True)
