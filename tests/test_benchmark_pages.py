@@ -266,11 +266,14 @@ def test_the_transfer_of_several_seeds_is_a_mean_and_its_bounds(results):
               for line in lines[1:]]  # fmt: skip
     older = [line.replace("2026-01-02", "2026-01-01").replace(",0.5,0.4,", ",0.9,0.4,")
              for line in lines[1:]]  # fmt: skip
-    path.write_text("\n".join([lines[0], *older, *lines[1:], *second]) + "\n")
+    few = [line.replace("task,0,test,all", "safedecoding,0,test,all").replace(",400,", ",200,")
+           for line in lines if line.startswith("task,")]  # fmt: skip
+    path.write_text("\n".join([lines[0], *older, *lines[1:], *second, *few]) + "\n")
     table = str(transfer.TABLES["transfer"](results))
     assert "| fine-tune | 60.0% (50.0–70.0) |" in table
     assert "| merged, β 0.5, tuned within the budget | 60.0% (50.0–70.0) |" in table
     assert "| 0.990 |" in table
+    assert "| fine-tune with SafeDecoding | 50.0% (40.0–60.0) of 200 |" in table
     assert "90.0%" not in table
     assert "| does not refuse AdvBench (400) | 60.0% (50.0–70.0) |" in str(
         transfer.TABLES["transfer-brief"](results)

@@ -1,6 +1,7 @@
 """The benchmark's own parts: who sees which question, what is resumed, what is concluded."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -248,14 +249,13 @@ def test_ablations_change_one_thing_each():
     assert len(set(names)) == len(names)
     for variant in ABLATIONS:
         assert replace(variant, name=MAIN.name) != MAIN
-        before = names[: names.index(variant.name)]
-        assert variant.reweights is None or variant.reweights in before
+        assert variant.of is None or variant.of in names[: names.index(variant.name)]
 
 
 def test_a_vector_is_reweighted_in_its_feed_forward_part_alone(family, tmp_path):
     whole = tmp_path / "whole"
     build_vector(locate(family.aligned), locate(family.surrogate), whole, scope="attention+ffn")
-    reweight(family.aligned, whole, tmp_path / "halved", 0.5)
+    reweight(family.aligned, whole, tmp_path / "halved", 0.5, "attention+ffn")
     before, after = SafetyVector.open(whole), SafetyVector.open(tmp_path / "halved")
     assert before.tensors.keys() == after.tensors.keys()
     for name in before.tensors:
@@ -264,3 +264,12 @@ def test_a_vector_is_reweighted_in_its_feed_forward_part_alone(family, tmp_path)
             after.read(name).float(), share * before.read(name).float(), rtol=1e-2, atol=1e-6
         )
     assert not list(tmp_path.glob("tmp*"))  # the surrogate is gone
+
+
+def test_a_vector_of_another_plan_is_the_same_vector(family, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(family.vector, source)
+    (source / "plans").mkdir()
+    reweight(family.aligned, source, tmp_path / "same", 1.0, "attention")
+    assert SafetyVector.open(tmp_path / "same").fingerprint == SafetyVector.open(source).fingerprint
+    assert not (tmp_path / "same" / "plans").exists()

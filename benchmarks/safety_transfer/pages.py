@@ -123,6 +123,11 @@ def _share(figures: Sequence[Found]) -> str:
     return f"{shown} ({100 * one.low:.1f}–{100 * one.high:.1f})"
 
 
+def _fewer(figures: Sequence[Found], whole: Sequence[Found]) -> str:
+    """Of how many, where that is not what stands above."""
+    return f" of {figures[0].n:,}" if figures and figures[0].n != whole[0].n else ""
+
+
 def _p(figures: Sequence[Found]) -> str:
     return f", p = {figures[0].value:.2g}" if len(figures) == 1 else ""
 
@@ -141,7 +146,9 @@ def _heads(found: Sequence[Found]) -> Iterator[str]:
 def _lines(found: Sequence[Found], models: Sequence[str]) -> Iterator[list[str]]:
     for model in models:
         cells = (
-            _share(_of(found, model, metric)) + _p(_of(found, model, f"{metric}_mcnemar_p"))
+            _share(_of(found, model, metric))
+            + _fewer(_of(found, model, metric), _of(found, "task", metric))
+            + _p(_of(found, model, f"{metric}_mcnemar_p"))
             for metric in METRICS
         )
         yield [MODELS[model].format(_betas(found, model)), *cells, *_of_its_merge(found, model)]

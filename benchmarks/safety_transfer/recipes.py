@@ -63,9 +63,9 @@ class Variant:
             the shipped model does, which keeps it from changing there. ``refused``: so that its
             difference to the aligned model holds not only what refuses, but what tells apart.
         attenuated: Whether the plan attenuates; without, every matrix takes the norm scale.
-        reweights: The vector, of attention and feed-forward, that this one is: not trained anew.
-        feed_forward: What its feed-forward matrices are multiplied by; so, for every β, theirs is
-            another than attention's.
+        of: The vector that this one is: it is not trained anew.
+        feed_forward: What that one's feed-forward matrices are multiplied by; so, for every β,
+            theirs is another than attention's.
     """
 
     name: str
@@ -74,7 +74,7 @@ class Variant:
     harmless_for_each: int = 4
     harmless: Literal["answered", "refused", "none"] = "answered"
     attenuated: bool = True
-    reweights: str | None = None
+    of: str | None = None
     feed_forward: float = 1.0
 
     def seeded(self, seed: int) -> Variant:
@@ -85,7 +85,7 @@ class Variant:
 _DISTIL = _brief(scope="attention", learning_rate=2e-4)
 MAIN = Variant("main", _DISTIL)
 ABLATIONS = (
-    Variant("unattenuated", _DISTIL, attenuated=False),
+    Variant("unattenuated", _DISTIL, attenuated=False, of=MAIN.name),
     Variant("fewer-anchors", _DISTIL, harmless_for_each=1),
     Variant("unanchored", _DISTIL, harmless="none"),
     Variant("contrasted", _DISTIL, harmless="refused"),
@@ -95,7 +95,7 @@ ABLATIONS = (
         Variant(
             f"attention-ffn-{share:g}",
             replace(_DISTIL, scope="attention+ffn"),
-            reweights="attention-ffn",
+            of="attention-ffn",
             feed_forward=share,
         )
         for share in (0.5, 2.0)

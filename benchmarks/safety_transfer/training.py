@@ -20,7 +20,7 @@ from enchtable_vllm.demo.train import fit
 from enchtable_vllm.distill.recipe import Recipe
 from enchtable_vllm.plan import MergePlan, PlanOptions, compute_plan
 from enchtable_vllm.plan.vector_root import plan_path
-from enchtable_vllm.vector import SafetyVector, build_vector, in_scope
+from enchtable_vllm.vector import SafetyVector, Scope, build_vector, in_scope
 
 from .material import Taught
 from .recipes import Models, Variant
@@ -118,24 +118,33 @@ def distil_vector(cast: Cast, variant: Variant, complied: Sequence[str], steps: 
     pairs = [*openings[: round(len(openings) * variant.share)],
              *anchors[: round(len(anchors) * variant.share)]]  # fmt: skip
     cast.vectors.mkdir(exist_ok=True)
-    if variant.reweights is None:
+    if variant.of is None:
         steps.do(vector, lambda: make_vector(cast.aligned, vector, pairs, variant.recipe))
     else:
-        source = cast.vectors / variant.reweights
-        steps.do(vector, lambda: reweight(cast.aligned, source, vector, variant.feed_forward))
+        source, scope = cast.vectors / variant.of, variant.recipe.scope
+        steps.do(
+            vector, lambda: reweight(cast.aligned, source, vector, variant.feed_forward, scope)
+        )
     plan = plan_path(vector, sampled_fingerprint(Checkpoint(cast.task)))
     steps.do(plan, lambda: _plan(cast, vector, plan, attenuated=variant.attenuated))
 
 
-def reweight(aligned: Path, source: Path, target: Path, feed_forward: float) -> None:
-    """Multiply a vector's feed-forward part.
+def reweight(aligned: Path, source: Path, target: Path, feed_forward: float, scope: Scope) -> None:
+    """Multiply a vector's feed-forward part; by 1, copy the vector without its plans.
 
     Args:
         aligned: The model that the vector was distilled from.
-        source: The vector, of scope attention+ffn.
+        source: The vector.
         target: The new one's folder.
         feed_forward: By what.
+        scope: The vector's.
     """
+    if feed_forward == 1:
+        partial = target.with_name(target.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(source, partial, ignore=shutil.ignore_patterns("plans"))
+        partial.rename(target)
+        return
     vector = SafetyVector.open(source)
     model = AutoModelForCausalLM.from_pretrained(aligned, dtype=torch.float32)
     with torch.no_grad(), tempfile.TemporaryDirectory(dir=target.parent) as surrogate:
@@ -144,7 +153,7 @@ def reweight(aligned: Path, source: Path, target: Path, feed_forward: float) -> 
                 factor = feed_forward if in_scope(name, "ffn") else 1.0
                 weight -= factor * vector.read(name).float()
         model.save_pretrained(surrogate)
-        build_vector(locate(aligned), locate(Path(surrogate)), target, scope="attention+ffn")
+        build_vector(locate(aligned), locate(Path(surrogate)), target, scope=scope)
 
 
 def _plan(cast: Cast, vector: Path, plan: Path, *, attenuated: bool) -> None:
