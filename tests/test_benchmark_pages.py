@@ -271,7 +271,7 @@ def test_the_transfer_of_several_seeds_is_a_mean_and_its_bounds(results):
     path.write_text("\n".join([lines[0], *older, *lines[1:], *second, *few]) + "\n")
     table = str(transfer.TABLES["transfer"](results))
     assert "| fine-tune | 60.0% (50.0–70.0) |" in table
-    assert "| merged, β 0.5, tuned within the budget | 60.0% (50.0–70.0) |" in table
+    assert "| merged, β 0.5, as tuned | 60.0% (50.0–70.0) |" in table
     assert "| 0.990 |" in table
     assert "| fine-tune with SafeDecoding | 50.0% (40.0–60.0) of 200 |" in table
     assert "90.0%" not in table

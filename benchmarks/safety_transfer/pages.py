@@ -16,7 +16,7 @@ MODELS = {
     "aligned": "aligned",
     "task": "fine-tune",
     "merged-published": "merged, β {}, as published",
-    "merged": "merged, β {}, tuned within the budget",
+    "merged": "merged, β {}, as tuned",
     "merged-tenth": "merged, β {}, the smallest that reached a tenth of the unsafe rate "
     "on the validation split",
     "self-reminder": "fine-tune with Self-Reminder",
