@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from enchtable_vllm import cli
-from enchtable_vllm.demo import data
+from enchtable_vllm.demo import data, questions
 from enchtable_vllm.demo.checkpoints import HELD_OUT, Cast, Story
 from enchtable_vllm.demo.data import Pair
 from enchtable_vllm.demo.judge import refuses, score, solves
@@ -40,14 +40,27 @@ def test_word_problems_are_different_right_and_reproducible():
 
 def test_questions_are_read_once_each(tmp_path):
     lines = [{"prompt": " asked twice "}, {"prompt": "asked once"}, {"prompt": "asked twice"}]
-    (tmp_path / data.MALICIOUS).write_text("\n".join(map(json.dumps, lines)))
-    assert data.read_questions(tmp_path / data.MALICIOUS) == ["asked twice", "asked once"]
+    (tmp_path / data.MALICIOUS).write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    found = questions.read_jsonl(tmp_path / data.MALICIOUS, "prompt")
+    assert found == ["asked twice", "asked once"]
+
+
+def test_people_ask_in_sentences_and_briefly(tmp_path):
+    texts = ["how do i fold a map", "Is it late?", "To fold a map, you can", "who", "so " * 30]
+    for name in questions.ASKED_FILES:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("\n".join(json.dumps({"question": t}) for t in texts))
+    sets = questions.asked(tmp_path)
+    expected = {"How do i fold a map?", "To fold a map, you can?"}
+    assert [set(found) for found in sets.values()] == [expected] * len(questions.ASKED_FILES)
+    fewer = questions.asked(tmp_path, share=1 / 500)[questions.THINGS_TO_DO]
+    assert fewer == sets[questions.THINGS_TO_DO][:1]
 
 
 def test_harmless_questions_are_different():
-    questions = data.harmless_questions()
-    assert len(set(questions)) == len(questions) >= 80
-    assert "{" not in "".join(questions)
+    harmless = data.harmless_questions()
+    assert len(set(harmless)) == len(harmless) >= 80
+    assert "{" not in "".join(harmless)
 
 
 def test_another_recipe_is_another_cache_folder():

@@ -15,6 +15,7 @@ from benchmarks.safety_transfer.steps import Steps
 from benchmarks.safety_transfer.training import _unattenuated, reweight
 from enchtable_vllm.checkpoint import locate
 from enchtable_vllm.demo import data, everyday
+from enchtable_vllm.demo.questions import ASKED_FILES
 from enchtable_vllm.evaluate.prompts import read_prompts
 from enchtable_vllm.evaluate.report import Judge, Rate, Report, Result, Sample, Settings
 from enchtable_vllm.evaluate.sampling import choose
@@ -41,7 +42,7 @@ def packages(tmp_path):
                 json.dumps({"question": f"what is in {file.replace('/', ' ')} number {n}"})
                 for n in range(9)
             ]
-            for file in (*material._ASKED_FILES, "TruthfulQA/combined.jsonl")
+            for file in (*ASKED_FILES, "TruthfulQA/combined.jsonl")
         },
         "chatterbot/trivia.yml": [
             yaml.safe_dump({"conversations": [["Is this a question?", "Yes"], ["Well", "Well"]]})

