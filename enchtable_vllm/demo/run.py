@@ -30,7 +30,7 @@ from enchtable_vllm.plan import (
 from enchtable_vllm.vector import SafetyVector
 
 #: Chosen by measurement on this model: the published 0.1 is too small for it.
-BETA = 0.7
+BETA = 0.3
 _SERVE = ["--dtype", "bfloat16", "--max-model-len", "512", "--enforce-eager"]
 MERGED = ["--load-format", "enchtable"]
 _VERIFY = ["--model-loader-extra-config", json.dumps({"verify": "content"})]
