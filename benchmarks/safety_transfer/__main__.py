@@ -9,6 +9,7 @@ from pathlib import Path
 
 from benchmarks.harness import provenance
 from benchmarks.harness.rows import RESULTS, append_records
+from enchtable_vllm.demo.checkpoints import ANSWER_TOKENS
 from enchtable_vllm.demo.fetch import small_model
 from enchtable_vllm.envs import cache_folder
 from enchtable_vllm.evaluate.report import REPORT_FILE, read_report
@@ -25,8 +26,6 @@ _TUNED_PROBLEMS = 3000
 _PUBLISHED_BETA = 0.1
 _BETAS = (0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 1.0)
 _ABLATED_BETAS = (0.3, 0.5, 0.7, 1.0)
-#: Of an every-day answer: a refusal is how an answer opens, and so is what is learned instead.
-_ANSWER_TOKENS = 12
 _EXPERT = "expert"
 #: A LoRA adapter costs a CPU far more than the model does, in all modules that could have one.
 _WITH_EXPERT = (
@@ -53,16 +52,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--work", type=Path, default=Path(".safety-transfer"))
     options = parser.parse_args()
-    steps = Steps(options.work.resolve())
+    work = options.work.resolve()
+    steps = Steps(work)
     packages = cache_folder() / "demo"
     shipped = small_model(packages / "smollm2-135m-instruct")
     models = Models()
-    tried = material.tried(
-        packages, options.work.resolve() / "tried", models.problems, _PROBLEMS, _TUNED_PROBLEMS
-    )
-    answers = _own_answers(shipped, options.work.resolve(), packages, models, steps)
+    tried = material.tried(packages, work / "tried", models.problems, _PROBLEMS, _TUNED_PROBLEMS)
+    answers = _own_answers(shipped, work, packages, models, steps)
     for seed in range(1 if options.reduced else options.seeds):
-        folder = options.work.resolve() / f"seed-{seed}"
+        folder = work / f"seed-{seed}"
         asked = folder / "asked"
         asked.mkdir(parents=True, exist_ok=True)
         taught = material.taught(packages, seed, models.problems, models.eager)
@@ -86,7 +84,7 @@ def _own_answers(
     def ask() -> None:
         requests = material.taught(packages, 0, models.problems, models.eager).everyday
         with Lazy(shipped, (), work / "shipped.log", steps) as server:
-            said = server.ask(requests, max_tokens=_ANSWER_TOKENS)
+            said = server.ask(requests, max_tokens=ANSWER_TOKENS)
         file.write_text(json.dumps(dict(zip(requests, said, strict=True)), indent=1))
 
     steps.do(file, ask)

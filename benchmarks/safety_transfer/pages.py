@@ -187,10 +187,7 @@ def _ablated(results: Results) -> Table:
     found = newest(results.folder / "safety_transfer.csv")
     models = [model for model in ABLATED if _of(found, model, "unsafe")]
     if models == ["merged"]:
-        raise NotMeasured(
-            "ablations of 'safety_transfer'", expected="rows of 'make bench-transfer'",
-            got="those of a reduced run", fix="Run it without REDUCED.",
-        )  # fmt: skip
+        raise _only_of_a_full_run("ablations")
     first = [one for one in found if one.seed == 0]
     lines = [
         [ABLATED[model], _betas(first, model)]
@@ -214,11 +211,15 @@ def _public(results: Results) -> Table:
         if (figures := of("public-task", name))
     ]
     if not lines:
-        raise NotMeasured(
-            "public sets of 'safety_transfer'", expected="rows of 'make bench-transfer'",
-            got="those of a reduced run", fix="Run it without REDUCED.",
-        )  # fmt: skip
+        raise _only_of_a_full_run("public sets")
     return Table(["", *_PUBLIC.values()], lines, found)
+
+
+def _only_of_a_full_run(what: str) -> NotMeasured:
+    return NotMeasured(
+        f"{what} of 'safety_transfer'", expected="rows of 'make bench-transfer'",
+        got="those of a reduced run", fix="Run it without REDUCED.",
+    )  # fmt: skip
 
 
 def _brief(results: Results) -> Table:

@@ -3,24 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
+from enchtable_vllm.demo.train import brief
 from enchtable_vllm.distill.recipe import Recipe
-
-
-def _brief(**settings: Any) -> Recipe:
-    """Minutes on two cores: large batches of like length; a step that was cut off begins anew."""
-    common = {
-        "epochs": 2,
-        "batch_size": 16,
-        "gradient_accumulation": 1,
-        "warmup_steps": 5,
-        "group_by_length": True,
-        "eval_share": 0.0,
-        "save_steps": 0,
-        "attention": "eager",  # a quarter faster to train with than sdpa on a CPU
-    }
-    return Recipe(**{**common, **settings})
 
 
 @dataclass(frozen=True)
@@ -41,12 +27,12 @@ class Models:
     eager: int = 400
     refused_times: int = 3
     align: Recipe = field(
-        default_factory=lambda: _brief(
+        default_factory=lambda: brief(
             scope="attention+ffn", epochs=1, batch_size=32, learning_rate=2e-4
         )
     )
-    task: Recipe = field(default_factory=lambda: _brief(scope="attention+ffn", learning_rate=3e-4))
-    expert: Recipe = field(default_factory=lambda: _brief(scope="attention", learning_rate=1e-3))
+    task: Recipe = field(default_factory=lambda: brief(scope="attention+ffn", learning_rate=3e-4))
+    expert: Recipe = field(default_factory=lambda: brief(scope="attention", learning_rate=1e-3))
 
 
 @dataclass(frozen=True)
@@ -82,7 +68,7 @@ class Variant:
         return replace(self, recipe=replace(self.recipe, seed=seed))
 
 
-_DISTIL = _brief(scope="attention", learning_rate=2e-4)
+_DISTIL = brief(scope="attention", learning_rate=2e-4)
 MAIN = Variant("main", _DISTIL)
 ABLATIONS = (
     Variant("unattenuated", _DISTIL, attenuated=False, of=MAIN.name),

