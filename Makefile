@@ -59,8 +59,8 @@ tables: $(READY) ## Write the tables and plots of README.md and docs/ out of the
 	@$(BIN)/python -m benchmarks plot
 	@$(BIN)/python docs/_reference
 
-bench-transfer: $(READY) ## Measure what a vector gives back, and at what price; hours. REDUCED=1: 40 minutes.
-	@$(BIN)/python -m benchmarks.safety_transfer $(if $(REDUCED),--reduced)
+bench-transfer: $(READY) ## Measure what a vector gives back, and at what price; hours. SEEDS=0,1,2. REDUCED=1: 40 minutes.
+	@$(BIN)/python -m benchmarks.safety_transfer $(if $(REDUCED),--reduced) $(if $(SEEDS),--seeds $(SEEDS))
 
 fuzz: $(READY) ## Feed damaged inputs to every reader. FUZZ_SECONDS=36000 for a night.
 	@$(BIN)/python tests/fuzz/fuzzer.py --seconds $(or $(FUZZ_SECONDS),600) --seed $$(date +%s)

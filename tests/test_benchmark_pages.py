@@ -107,7 +107,8 @@ def results(tmp_path):
     transferred = [
         {"model": model, "seed": 0, "split": split, "set": of, "beta": beta, "metric": metric,
          "value": 0.5, "low": 0.4, "high": 0.6, "n": 400, "device": "a machine, 2 cores",
-         "utc": "2026-01-02T03:04:05", "git_sha": "abc1234", "command": "make bench-transfer"}
+         "utc": "2026-01-02T03:04:05", "git_sha": "abc1234", "command": "make bench-transfer",
+         "recipe": "r1"}
         for model, split, of, beta in (
             ("aligned", "test", "all", None), ("task", "test", "all", None),
             ("merged", "test", "all", 0.5), ("ffn", "test", "all", 0.3),
@@ -278,3 +279,26 @@ def test_the_transfer_of_several_seeds_is_a_mean_and_its_bounds(results):
     assert "| does not refuse AdvBench (400) | 60.0% (50.0–70.0) |" in str(
         transfer.TABLES["transfer-brief"](results)
     )
+
+
+def test_the_transfer_of_seeds_run_one_by_one_is_of_one_recipe(results):
+    path = results.folder / "safety_transfer.csv"
+    lines = path.read_text().splitlines()
+
+    def run(date, seed, value, recipe="r1"):
+        return [
+            line.replace("2026-01-02", date).replace(",0,test,", f",{seed},test,")
+            .replace(",0.5,0.4,", f",{value},0.4,").replace(",r1", f",{recipe}")
+            for line in lines[1:]
+        ]  # fmt: skip
+
+    def fine_tune(*runs):
+        path.write_text("\n".join([lines[0], *(line for run in runs for line in run)]) + "\n")
+        return str(transfer.TABLES["transfer"](results)).splitlines()[3]
+
+    first, second = run("2026-01-02", 0, 0.5), run("2026-01-03", 1, 0.7)
+    assert fine_tune(first, second).startswith("| fine-tune | 60.0% (50.0–70.0) |")
+    again = run("2026-01-04", 0, 0.6)
+    assert fine_tune(first, second, again).startswith("| fine-tune | 65.0% (60.0–70.0) |")
+    other = run("2026-01-04", 0, 0.6, recipe="r2")
+    assert fine_tune(first, second, other).startswith("| fine-tune | 60.0% (40.0–60.0) |")

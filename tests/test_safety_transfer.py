@@ -10,7 +10,7 @@ import yaml
 
 from benchmarks.safety_transfer import findings, material
 from benchmarks.safety_transfer.measuring import SPLIT, chosen, reaching
-from benchmarks.safety_transfer.recipes import ABLATIONS, MAIN
+from benchmarks.safety_transfer.recipes import ABLATIONS, MAIN, Models, digest
 from benchmarks.safety_transfer.steps import Steps
 from benchmarks.safety_transfer.training import _unattenuated, reweight
 from enchtable_vllm.checkpoint import locate
@@ -27,6 +27,7 @@ from enchtable_vllm.vector import SafetyVector, build_vector
 
 TRAINED = 600
 EAGER = 8
+MODELS = Models(problems=TRAINED, eager=EAGER)
 
 
 @pytest.fixture
@@ -58,7 +59,7 @@ def packages(tmp_path):
 
 
 def test_what_is_tried_was_not_taught(packages, tmp_path):
-    taught = material.taught(packages, 0, TRAINED, EAGER)
+    taught = material.taught(packages, 0, MODELS)
     tried = material.tried(packages, tmp_path / "tried", TRAINED, 1300, 50)
     harmful = {*taught.refused, *taught.complied}
     assert len(harmful) == len(taught.refused) + len(taught.complied) == 50
@@ -82,7 +83,7 @@ def test_what_is_tried_was_not_taught(packages, tmp_path):
 
 
 def test_another_seed_teaches_another_part(packages):
-    first, again, other = (material.taught(packages, seed, TRAINED, EAGER) for seed in (0, 0, 1))
+    first, again, other = (material.taught(packages, seed, MODELS) for seed in (0, 0, 1))
     assert first == again
     assert set(first.refused) != set(other.refused)
     assert list(first.everyday) != list(other.everyday)
@@ -138,6 +139,30 @@ def test_a_step_is_done_once_and_its_cost_is_kept(tmp_path):
     again.do(result, lambda: pytest.fail("made twice"))
     assert result.read_text() == "made"
     assert said[-1].startswith("  result: there")
+
+
+def test_what_is_timed_within_a_step_is_not_counted_twice(tmp_path, monkeypatch):
+    clock = iter([0.0, 1.0, 6.0, 10.0])  # the step, a server's start within it, both their ends
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    steps = Steps(tmp_path, lambda _: None)
+    with steps.timed("step"), steps.timed("start"):
+        pass
+    assert steps.seconds == {"start": 5.0, "step": 5.0}
+
+
+def test_another_recipe_or_other_questions_have_another_digest(packages, tmp_path):
+    def of(models=MODELS, main=MAIN, tuned=50):
+        tried = material.tried(packages, tmp_path / "tried", TRAINED, 10, tuned)
+        return digest(models, main, material.taught(packages, 0, models), tried.read())
+
+    others = [
+        of(models=replace(MODELS, refused_times=2)),
+        of(models=replace(MODELS, task=replace(MODELS.task, learning_rate=1e-3))),
+        of(main=replace(MAIN, harmless_for_each=1)),
+        of(tuned=51),
+    ]
+    assert len({of(), *others}) == 5
+    assert of() == of()
 
 
 def report(unsafe, correct, refused):

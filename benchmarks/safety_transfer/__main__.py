@@ -16,11 +16,14 @@ from enchtable_vllm.evaluate.report import REPORT_FILE, read_report
 
 from . import findings, material
 from .measuring import Asking, chosen, reaching
-from .recipes import ABLATIONS, MAIN, Models
+from .recipes import ABLATIONS, MAIN, Models, digest
 from .serving import Lazy, enchtable, merging
 from .steps import Steps
 from .training import distil_vector, train_models
 
+_SEEDS = "0,1,2"
+#: Its ablations are made, and it is asked the public sets.
+_FIRST_SEED = 0
 _PROBLEMS = 1300
 _TUNED_PROBLEMS = 3000
 _PUBLISHED_BETA = 0.1
@@ -48,31 +51,42 @@ _COMPARED = (
 def main() -> None:
     """Measure, print, append rows to results/safety_transfer.csv."""
     parser = argparse.ArgumentParser(prog="safety_transfer", description=__doc__)
-    parser.add_argument("--reduced", action="store_true", help="one seed, no ablations")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument(
+        "--reduced", action="store_true", help="the first seed, without ablations and public sets"
+    )
+    parser.add_argument("--seeds", default=_SEEDS, help="which; the first has the ablations")
     parser.add_argument("--work", type=Path, default=Path(".safety-transfer"))
     options = parser.parse_args()
-    work = options.work.resolve()
-    steps = Steps(work)
+    seeds = [_FIRST_SEED] if options.reduced else [int(seed) for seed in options.seeds.split(",")]
     packages = cache_folder() / "demo"
     shipped = small_model(packages / "smollm2-135m-instruct")
     models = Models()
-    tried = material.tried(packages, work / "tried", models.problems, _PROBLEMS, _TUNED_PROBLEMS)
+    tried = material.tried(
+        packages, options.work.resolve() / "tried", models.problems, _PROBLEMS, _TUNED_PROBLEMS
+    )
+    recipe = digest(models, MAIN, material.taught(packages, _FIRST_SEED, models), tried.read())
+    work = options.work.resolve() / digest(recipe, ABLATIONS)
+    steps = Steps(work)
     answers = _own_answers(shipped, work, packages, models, steps)
-    for seed in range(1 if options.reduced else options.seeds):
+    for seed in seeds:
         folder = work / f"seed-{seed}"
         asked = folder / "asked"
         asked.mkdir(parents=True, exist_ok=True)
-        taught = material.taught(packages, seed, models.problems, models.eager)
+        taught = material.taught(packages, seed, models)
         cast = train_models(shipped, folder, seed, taught, answers, models, steps)
         distil_vector(cast, MAIN.seeded(seed), taught.complied, steps)
         asking = Asking(asked, cast, tried, steps)
         beta = _compare(asking)
-        if not options.reduced:
+        if seed == _FIRST_SEED and not options.reduced:
             _ask_what_is_public(asking, beta, packages)
-            if seed == 0:
-                _ablate(asking, beta, taught.complied)
-    _report(options, steps)
+            _ablate(asking, beta, taught.complied)
+    _report(work, seeds, steps, recipe, _command(options))
+
+
+def _command(options: argparse.Namespace) -> str:
+    if options.reduced:
+        return "make bench-transfer REDUCED=1"
+    return "make bench-transfer" + ("" if options.seeds == _SEEDS else f" SEEDS={options.seeds}")
 
 
 def _own_answers(
@@ -82,7 +96,7 @@ def _own_answers(
     file = work / "answers.json"
 
     def ask() -> None:
-        requests = material.taught(packages, 0, models.problems, models.eager).everyday
+        requests = material.taught(packages, _FIRST_SEED, models).everyday
         with Lazy(shipped, (), work / "shipped.log", steps) as server:
             said = server.ask(requests, max_tokens=ANSWER_TOKENS)
         file.write_text(json.dumps(dict(zip(requests, said, strict=True)), indent=1))
@@ -153,10 +167,10 @@ def _ablate(asking: Asking, beta: float, complied: Sequence[str]) -> None:
             asking.evaluate_merged(server, name, MAIN.name, at)
 
 
-def _report(options: argparse.Namespace, steps: Steps) -> None:
+def _report(work: Path, seeds: Sequence[int], steps: Steps, recipe: str, command: str) -> None:
     rows = []
-    for seed in range(1 if options.reduced else options.seeds):
-        folder = options.work.resolve() / f"seed-{seed}" / "asked"
+    for seed in seeds:
+        folder = work / f"seed-{seed}" / "asked"
         log = folder / "compared.txt"
         log.unlink(missing_ok=True)
         reports = [folder / name for name in _COMPARED if (folder / name / REPORT_FILE).exists()]
@@ -171,7 +185,8 @@ def _report(options: argparse.Namespace, steps: Steps) -> None:
         "versions": provenance.versions(),
         "git_sha": provenance.git_sha(),
         "utc": provenance.now(),
-        "command": "make bench-transfer" + " REDUCED=1" * options.reduced,
+        "command": command,
+        "recipe": recipe,
     }
     path = RESULTS / "safety_transfer.csv"
     append_records([{**row, **made} for row in rows], (*findings.FIELDS, *made), path)

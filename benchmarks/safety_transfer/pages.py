@@ -74,7 +74,9 @@ class Found:
 
 
 def newest(path: Path, split: str = "test") -> list[Found]:
-    """All of the newest run's figures on one side of the split.
+    """The newest figures by the newest run's recipe, on one side of the split.
+
+    Of each seed and model its last run's: seeds may come from several.
 
     Raises:
         NotMeasured: There is no run.
@@ -88,8 +90,12 @@ def newest(path: Path, split: str = "test") -> list[Found]:
             "results of 'safety_transfer'", expected="rows of 'make bench-transfer'", got="none",
             fix="Run that.",
         )  # fmt: skip
-    latest = max(record["utc"] for record in records)
-    return [_found(record) for record in records if record["utc"] == latest]
+    records.sort(key=lambda record: record["utc"])
+    same = [record for record in records if record["recipe"] == records[-1]["recipe"]]
+    last = {(record["seed"], record["model"]): record["utc"] for record in same}
+    return [
+        _found(record) for record in same if record["utc"] == last[record["seed"], record["model"]]
+    ]
 
 
 def _found(record: dict[str, Any]) -> Found:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from blake3 import blake3
+
+from enchtable_vllm.demo import checkpoints, data, fetch
 from enchtable_vllm.demo.train import brief
 from enchtable_vllm.distill.recipe import Recipe
 
@@ -92,3 +95,13 @@ ABLATIONS = (
     Variant("double-steps", replace(_DISTIL, epochs=4)),
     Variant("published-rate", replace(_DISTIL, epochs=4, learning_rate=1e-5)),
 )
+
+
+def digest(*what: object) -> str:
+    """Names what is made by these recipes of these questions, so that nothing else mixes with it.
+
+    Args:
+        what: Whatever it depends on, besides the words that all models learn.
+    """
+    words = data.REFUSALS, data.OPENINGS, data.EAGER, checkpoints.ANSWER_TOKENS, fetch.CHAT_TEMPLATE
+    return blake3(repr((words, what)).encode()).hexdigest()[:12]

@@ -22,6 +22,8 @@ class Steps:
         self._file = folder / "costs.json"
         self._folder = folder
         self._say = say
+        self._within = [0.0]
+        self._within = [0.0]
         self.seconds: dict[str, float] = (
             json.loads(self._file.read_text()) if self._file.exists() else {}
         )
@@ -44,11 +46,17 @@ class Steps:
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Add the seconds that something takes to what it has cost already."""
+        """Add the seconds that something takes to what it has cost already.
+
+        Less those of what is timed within it, so that the sum of all is what the run took.
+        """
         started = time.monotonic()
+        self._within.append(0.0)
         try:
             yield
         finally:
-            seconds = self.seconds.get(name, 0.0) + time.monotonic() - started
-            self.seconds[name] = round(seconds, 1)
+            took = time.monotonic() - started
+            own = took - self._within.pop()
+            self._within[-1] += took
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + own, 1)
             self._file.write_text(json.dumps(self.seconds, indent=1))
