@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from enchtable_vllm import cli
-from enchtable_vllm.demo import data, questions
+from enchtable_vllm.demo import data, precision, questions
 from enchtable_vllm.demo.checkpoints import HELD_OUT, Cast, Story
 from enchtable_vllm.demo.data import Pair
 from enchtable_vllm.demo.judge import refuses, score, solves
@@ -61,6 +62,19 @@ def test_harmless_questions_are_different():
     harmless = data.harmless_questions()
     assert len(set(harmless)) == len(harmless) >= 80
     assert "{" not in "".join(harmless)
+
+
+@pytest.mark.parametrize(("bf16", "dtype"), [(1.9, "bfloat16"), (8.0, "float32")])
+def test_a_cpu_without_bf16_trains_and_serves_in_fp32(monkeypatch, bf16, dtype):
+    """As one without AVX-512; what it trains is kept apart."""
+    seconds = {torch.bfloat16: bf16, torch.float32: 1.0}
+    monkeypatch.setattr(precision, "_seconds", seconds.get)
+    precision.computes_bf16.cache_clear()
+    try:
+        assert precision.served_dtype() == dtype
+        assert Story().align.bf16 == (dtype == "bfloat16")
+    finally:
+        precision.computes_bf16.cache_clear()
 
 
 def test_another_recipe_is_another_cache_folder():

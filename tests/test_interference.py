@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from enchtable_vllm.plan.interference import interference_terms
+from enchtable_vllm.vector import factors
 from enchtable_vllm.vector.factors import factor
 
 GAMMA = 0.5
@@ -63,7 +64,15 @@ def decaying(shape, generator):
     return (u * torch.logspace(0, -7, side, dtype=torch.float64) @ v.mT).float()
 
 
-KINDS = [gaussian, low_rank, exact_low_rank, mostly_zero, decaying]
+def many_strong(shape, generator):
+    """An eighth of the directions stand out, from a hundred times the noise down to it."""
+    rows, columns = shape
+    rank = min(shape) // 8
+    left = gaussian((rows, rank), generator) * torch.logspace(0, -2, rank)
+    return left @ gaussian((rank, columns), generator) + 0.05 * gaussian(shape, generator)
+
+
+KINDS = [gaussian, low_rank, exact_low_rank, mostly_zero, decaying, many_strong]
 SHAPES = [(3, 3), (2, 9), (64, 64), (65, 80), (96, 288), (288, 96), (192, 192)]
 
 
@@ -179,7 +188,14 @@ def test_interference_is_linear_in_the_norm_scale():
 
 @pytest.mark.parametrize(
     ("kind", "gamma", "rung"),
-    [(gaussian, 0.5, "gram32"), (exact_low_rank, 0.5, "gram64"), (decaying, 1.0, "svd64")],
+    [
+        (gaussian, 0.5, "gram32"),
+        (low_rank, 0.5, "deflated32"),
+        (many_strong, 0.5, "deflated32"),
+        (exact_low_rank, 0.5, "gram64"),
+        (decaying, 0.3, "gram64"),
+        (decaying, 1.0, "svd64"),
+    ],
     ids=lambda x: getattr(x, "__name__", x),
 )
 def test_the_ladder_climbs_only_as_far_as_needed(kind, gamma, rung):
@@ -187,6 +203,32 @@ def test_the_ladder_climbs_only_as_far_as_needed(kind, gamma, rung):
     assert factor(matrix, gamma).rung == rung
     assert factor(torch.zeros(200, 400), GAMMA).rung == "zero"
     assert factor(matrix[:8], GAMMA).rung == "svd64"
+
+
+@pytest.mark.parametrize("shape", [(256, 256), (200, 800), (400, 420)], ids=str)
+@pytest.mark.parametrize("slope", [0.5, 1.0, 1.5])
+def test_power_laws(shape, slope):
+    """σᵢ = i^−slope: nothing tells the strong directions from the others."""
+    generator = torch.Generator().manual_seed(11)
+    pair = []
+    for _ in range(2):
+        side = min(shape)
+        u, _ = torch.linalg.qr(gaussian((shape[0], side), generator).double())
+        v, _ = torch.linalg.qr(gaussian((shape[1], side), generator).double())
+        sigma = torch.arange(1, side + 1, dtype=torch.float64) ** -slope
+        pair.append((u * sigma @ v.mT).float())
+    task, safety = pair
+    scale, n = measured_where_it_can_be_wrong(task, safety)
+    expected = oracle(task * scale, safety, n)
+    assert 0.05 < expected < 0.95
+    assert attenuation(task * scale, safety, n) == pytest.approx(expected, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize(("name", "value"), [("_ITERATIONS", 1), ("_STRONG", 1.0)])
+def test_strong_directions_that_are_not_exact_are_not_taken(monkeypatch, name, value):
+    monkeypatch.setattr(factors, name, value)
+    matrix = many_strong((200, 400), torch.Generator().manual_seed(7))
+    assert factors.factor(matrix, GAMMA).rung == "gram64"
 
 
 def test_rank_counts_only_what_stands_above_the_numerical_noise():

@@ -11,6 +11,7 @@ from benchmarks.harness import provenance
 from benchmarks.harness.rows import RESULTS, append_records
 from enchtable_vllm.demo.checkpoints import ANSWER_TOKENS
 from enchtable_vllm.demo.fetch import small_model
+from enchtable_vllm.demo.precision import served_dtype
 from enchtable_vllm.envs import cache_folder
 from enchtable_vllm.evaluate.report import REPORT_FILE, read_report
 
@@ -181,7 +182,7 @@ def _report(work: Path, seeds: Sequence[int], steps: Steps, recipe: str, command
         print(f"seed {seed}: {findings.verdict(task, merged)}")
     print("\n".join(findings.costs(steps.seconds)))
     made = {
-        "device": provenance.machine("cpu"),
+        "device": f"{provenance.machine('cpu')}, in {served_dtype()}",
         "versions": provenance.versions(),
         "git_sha": provenance.git_sha(),
         "utc": provenance.now(),

@@ -14,6 +14,7 @@ from typing import Self
 
 import httpx
 
+from enchtable_vllm.demo.precision import served_dtype
 from enchtable_vllm.demo.server import Server, free_port
 
 from .steps import Steps
@@ -22,7 +23,7 @@ _TOGETHER = 128
 TOKEN = "the-token-of-this-benchmark"
 _SWAPPABLE = {"VLLM_PLUGINS": "enchtable", "ENCHTABLE_ADMIN_TOKEN": TOKEN}
 _SERVE = (
-    "--dtype", "bfloat16", "--max-model-len", "1024", "--enforce-eager",
+    "--max-model-len", "1024", "--enforce-eager",
     "--disable-uvicorn-access-log",
 )  # fmt: skip
 
@@ -68,7 +69,7 @@ class Lazy:
                 kept.write_text(str(free_port()))
             self._server = Server(
                 self._model,
-                [*self._arguments, *_SERVE],
+                [*self._arguments, "--dtype", served_dtype(), *_SERVE],
                 self._log,
                 port=int(kept.read_text()),
                 variables=_SWAPPABLE if "enchtable" in self._arguments else {},

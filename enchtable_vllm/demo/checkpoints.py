@@ -27,6 +27,7 @@ from enchtable_vllm.demo.fetch import (
     small_model,
     unpack,
 )
+from enchtable_vllm.demo.precision import served_dtype
 from enchtable_vllm.demo.questions import THINGS_TO_DO, asked, read_advbench, read_jsonl
 from enchtable_vllm.demo.train import brief, train
 from enchtable_vllm.distill.recipe import Recipe
@@ -193,7 +194,7 @@ def make_vector(aligned: Path, vector: Path, pairs: Sequence[Pair], recipe: Reci
 def own_answers(folder: Path, questions: Sequence[str], kept: Path) -> list[Pair]:
     """The shipped model's own answers to every-day questions, generated once."""
     if not kept.is_file():
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, served_dtype()))
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
         rows = []
         for start in range(0, len(questions), _BATCH):

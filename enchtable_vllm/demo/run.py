@@ -16,6 +16,7 @@ from rich.table import Table
 from enchtable_vllm.checkpoint import locate, short
 from enchtable_vllm.demo.checkpoints import Cast, Story, prepare
 from enchtable_vllm.demo.judge import Scores, refuses, score
+from enchtable_vllm.demo.precision import served_dtype
 from enchtable_vllm.demo.server import Server, free_port
 from enchtable_vllm.errors import IncompleteMergeError
 from enchtable_vllm.merge import MergeReport, merge_checkpoint
@@ -31,7 +32,7 @@ from enchtable_vllm.vector import SafetyVector
 
 #: Chosen by measurement on this model: the published 0.1 is too small for it.
 BETA = 0.3
-_SERVE = ["--dtype", "bfloat16", "--max-model-len", "512", "--enforce-eager"]
+_SERVE = ["--max-model-len", "512", "--enforce-eager"]
 MERGED = ["--load-format", "enchtable"]
 _VERIFY = ["--model-loader-extra-config", json.dumps({"verify": "content"})]
 _SHOWN = 3
@@ -147,7 +148,7 @@ def started(model: Path, arguments: list[str], console: Console, *, port: int) -
     with console.status("starting vLLM") as status:
         server = Server(
             model,
-            [*arguments, *_SERVE],
+            [*arguments, "--dtype", served_dtype(), *_SERVE],
             log,
             port=port,
             waiting=lambda seconds: status.update(f"vLLM is starting: {seconds:.0f} s"),

@@ -1,6 +1,6 @@
 """Brief supervised fine-tuning of the aligned model and of the task model.
 
-By the same code that trains a surrogate: fp32 masters under bf16 autocast, a loss on answers.
+By the same code that trains a surrogate: fp32 masters, a loss on answers.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from enchtable_vllm.demo.data import Pair
+from enchtable_vllm.demo.precision import computes_bf16
 from enchtable_vllm.distill import data, encode, training
 from enchtable_vllm.distill.parameters import choose_parameters
 from enchtable_vllm.distill.recipe import Recipe
@@ -27,6 +28,7 @@ def brief(**settings: Any) -> Recipe:
         "group_by_length": True,
         "eval_share": 0.0,
         "save_steps": 0,
+        "bf16": computes_bf16(),
         "attention": "eager",  # a quarter faster to train with than sdpa on a CPU
     }
     return Recipe(**{**common, **settings})

@@ -16,9 +16,9 @@ from enchtable_vllm.plan.journal import Journal
 from enchtable_vllm.plan.merge_plan import MergePlan
 from enchtable_vllm.plan.resolve import read_plan, resolve_plan
 from enchtable_vllm.progress import Progress, silent
-from enchtable_vllm.vector import SafetyVector
+from enchtable_vllm.vector import SafetyVector, factors
 
-#: Part of the key: raised whenever the computation changes.
+#: Part of the key, beside that of the factors: raised whenever what is done with them changes.
 _COMPUTATION = 2
 
 
@@ -54,7 +54,7 @@ def cached_plan(
         EnchTableError: As `compute_plan`.
     """
     parts = [
-        str(_COMPUTATION),
+        f"{factors.COMPUTATION} {_COMPUTATION}",
         sampled_fingerprint(Checkpoint(task.path, what="task model")),
         sampled_fingerprint(Checkpoint(base.path, what="base model")),
         vector.fingerprint,

@@ -40,6 +40,7 @@ _MOST_HARD = 20
 _RUNGS = {
     "zero": "nothing to compute: a zero matrix, or too thin",
     "gram32": "fp32 eigenvectors, the fast way",
+    "deflated32": "fp32 eigenvectors, a few strong directions apart",
     "gram64": "fp64 eigenvectors, where fp32 does not settle it",
     "svd64": "fp64 SVD, the slowest; for thin matrices the fastest",
 }

@@ -157,7 +157,7 @@ def test_any_other_json_is_refused_or_of_the_types_that_are_promised(value):
     assert config.safety_vector is None or isinstance(config.safety_vector, str)
 
 
-RUNG = st.sampled_from(["gram32", "gram64", "svd64", "zero"])
+RUNG = st.sampled_from(["gram32", "deflated32", "gram64", "svd64", "zero"])
 FINITE = st.floats(0, allow_infinity=False, allow_nan=False)
 ROWS = st.lists(st.tuples(FINITE, FINITE, st.tuples(RUNG, RUNG)), min_size=1, max_size=3)
 
