@@ -52,8 +52,9 @@ _RANK_EPSILON = 2.0**-24
 _STRIPS = 8
 #: Columns converted to fp64 at once.
 _CHUNK = 8192
-#: Directions in the bound's subspace.
-_PROBES = 32
+#: Directions in the bound's subspace: a share of the short side, but as many as this at least.
+_PROBES = 1 / 16
+_FEWEST_PROBES = 32
 
 
 @dataclass(frozen=True)
@@ -266,7 +267,7 @@ def _kept_at_most(gram: torch.Tensor, wanted: int) -> float:
     bounds the sum of the other eigenvalues, and what is left of the kept ones is at most its
     share. It decides which rung is tried, never a result: being off costs time alone.
     """
-    probes = min(_PROBES, wanted // 2)
+    probes = min(max(_FEWEST_PROBES, int(gram.shape[0] * _PROBES)), wanted // 2)
     if probes == 0:
         return 1.0
     basis, _ = torch.linalg.qr(gram @ _random(gram, probes))
