@@ -31,8 +31,9 @@ def demo(
 ) -> None:
     """Train, distil, plan, merge and serve a real small model, and show what it does.
 
-    Needs the 'demo' extra and vLLM (its CPU build will do). About ten minutes on two cores; the
-    second time only vLLM starts, because trained checkpoints are kept.
+    Needs the 'demo' extra and vLLM (its CPU build will do). About ten minutes on two cores, forty
+    where they have no instructions for bf16; the second time only vLLM starts, because trained
+    checkpoints are kept.
     """
     if measure and (keep or port is not None):
         raise typer.BadParameter("leaves no server running", param_hint="--measure")
