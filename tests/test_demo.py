@@ -8,12 +8,13 @@ import torch
 from typer.testing import CliRunner
 
 from enchtable_vllm import cli
-from enchtable_vllm.demo import data, precision, questions
+from enchtable_vllm.demo import data, questions
 from enchtable_vllm.demo.checkpoints import HELD_OUT, Cast, Story
 from enchtable_vllm.demo.data import Pair
 from enchtable_vllm.demo.judge import refuses, score, solves
 from enchtable_vllm.demo.measure import write_sets
-from enchtable_vllm.demo.server import Server, ServerError, free_port
+from enchtable_vllm.demo.server import Server, ServerError, free_port, served_dtype
+from enchtable_vllm.distill import precision
 from enchtable_vllm.evaluate.prompts import read_prompts
 from enchtable_vllm.evaluate.utility import read_utility
 
@@ -71,7 +72,7 @@ def test_a_cpu_without_bf16_trains_and_serves_in_fp32(monkeypatch, bf16, dtype):
     monkeypatch.setattr(precision, "_seconds", seconds.get)
     precision.computes_bf16.cache_clear()
     try:
-        assert precision.served_dtype() == dtype
+        assert served_dtype() == dtype
         assert Story().align.bf16 == (dtype == "bfloat16")
     finally:
         precision.computes_bf16.cache_clear()

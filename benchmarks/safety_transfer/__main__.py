@@ -11,7 +11,7 @@ from benchmarks.harness import provenance
 from benchmarks.harness.rows import RESULTS, append_records
 from enchtable_vllm.demo.checkpoints import ANSWER_TOKENS
 from enchtable_vllm.demo.fetch import small_model
-from enchtable_vllm.demo.precision import served_dtype
+from enchtable_vllm.demo.server import served_dtype
 from enchtable_vllm.envs import cache_folder
 from enchtable_vllm.evaluate.report import REPORT_FILE, read_report
 

@@ -8,7 +8,7 @@ from typing import Literal
 from blake3 import blake3
 
 from enchtable_vllm.demo import checkpoints, data, fetch
-from enchtable_vllm.demo.train import brief
+from enchtable_vllm.demo.train import aligning, brief
 from enchtable_vllm.distill.recipe import Recipe
 
 
@@ -29,11 +29,7 @@ class Models:
     problems: int = 900
     eager: int = 400
     refused_times: int = 3
-    align: Recipe = field(
-        default_factory=lambda: brief(
-            scope="attention+ffn", epochs=1, batch_size=32, learning_rate=2e-4
-        )
-    )
+    align: Recipe = field(default_factory=aligning)
     task: Recipe = field(default_factory=lambda: brief(scope="attention+ffn", learning_rate=3e-4))
     expert: Recipe = field(default_factory=lambda: brief(scope="attention", learning_rate=1e-3))
 

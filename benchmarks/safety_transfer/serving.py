@@ -14,12 +14,11 @@ from typing import Self
 
 import httpx
 
-from enchtable_vllm.demo.precision import served_dtype
-from enchtable_vllm.demo.server import Server, free_port
+from enchtable_vllm.demo.measure import AT_ONCE
+from enchtable_vllm.demo.server import Server, free_port, served_dtype
 
 from .steps import Steps
 
-_TOGETHER = 128
 TOKEN = "the-token-of-this-benchmark"
 _SWAPPABLE = {"VLLM_PLUGINS": "enchtable", "ENCHTABLE_ADMIN_TOKEN": TOKEN}
 _SERVE = (
@@ -80,7 +79,7 @@ class Lazy:
 
     def ask(self, questions: Sequence[str], *, max_tokens: int) -> list[str]:
         """Greedy answers."""
-        return self._running().ask(questions, max_tokens, together=_TOGETHER)
+        return self._running().ask(questions, max_tokens, together=AT_ONCE)
 
     def swap(self, safety_vector: str, beta: float | None) -> None:
         """Have it serve a vector at some β; ``@none`` for none."""

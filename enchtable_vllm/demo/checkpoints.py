@@ -27,9 +27,9 @@ from enchtable_vllm.demo.fetch import (
     small_model,
     unpack,
 )
-from enchtable_vllm.demo.precision import served_dtype
 from enchtable_vllm.demo.questions import THINGS_TO_DO, asked, read_advbench, read_jsonl
-from enchtable_vllm.demo.train import brief, train
+from enchtable_vllm.demo.train import aligning, brief, train
+from enchtable_vllm.distill.precision import computes_bf16
 from enchtable_vllm.distill.recipe import Recipe
 from enchtable_vllm.distill.run import distil
 
@@ -67,11 +67,7 @@ class Story:
     harmless_for_each: int = 4
     problems: int = 1000
     eager: int = 200
-    align: Recipe = field(
-        default_factory=lambda: brief(
-            scope="attention+ffn", epochs=1, batch_size=32, learning_rate=2e-4
-        )
-    )
+    align: Recipe = field(default_factory=aligning)
     distil: Recipe = field(default_factory=lambda: brief(scope="attention", learning_rate=2e-4))
     task: Recipe = field(default_factory=lambda: brief(scope="attention+ffn", learning_rate=2e-4))
 
@@ -194,7 +190,9 @@ def make_vector(aligned: Path, vector: Path, pairs: Sequence[Pair], recipe: Reci
 def own_answers(folder: Path, questions: Sequence[str], kept: Path) -> list[Pair]:
     """The shipped model's own answers to every-day questions, generated once."""
     if not kept.is_file():
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, served_dtype()))
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.bfloat16 if computes_bf16() else torch.float32
+        )
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
         rows = []
         for start in range(0, len(questions), _BATCH):

@@ -28,7 +28,8 @@ _PROBLEMS = 400
 #: A refusal is how an answer opens, and a problem is solved in one line.
 TOKENS = ("--max-tokens", "24", "--utility-max-tokens", "32", "--utility-prompt", "plain")
 #: One core computes, and a step of it costs little more for many requests than for a few.
-TOGETHER = ("--connections", "128")
+AT_ONCE = 128
+TOGETHER = ("--connections", str(AT_ONCE))
 
 
 class CommandError(EnchTableError):

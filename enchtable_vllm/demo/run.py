@@ -16,8 +16,7 @@ from rich.table import Table
 from enchtable_vllm.checkpoint import locate, short
 from enchtable_vllm.demo.checkpoints import Cast, Story, prepare
 from enchtable_vllm.demo.judge import Scores, refuses, score
-from enchtable_vllm.demo.precision import served_dtype
-from enchtable_vllm.demo.server import Server, free_port
+from enchtable_vllm.demo.server import Server, free_port, served_dtype
 from enchtable_vllm.errors import IncompleteMergeError
 from enchtable_vllm.merge import MergeReport, merge_checkpoint
 from enchtable_vllm.plan import (

@@ -18,6 +18,7 @@ from urllib.request import urlopen
 
 from openai import OpenAI
 
+from enchtable_vllm.distill.precision import computes_bf16
 from enchtable_vllm.errors import EnchTableError
 
 _START_SECONDS = 600
@@ -26,6 +27,11 @@ _STOP_SECONDS = 60
 
 class ServerError(EnchTableError):
     """The server did not come up."""
+
+
+def served_dtype() -> str:
+    """For ``vllm serve --dtype``: a bf16 checkpoint is computed in fp32 where bf16 is slow."""
+    return "bfloat16" if computes_bf16() else "float32"
 
 
 def free_port() -> int:

@@ -12,9 +12,9 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from enchtable_vllm.demo.data import Pair
-from enchtable_vllm.demo.precision import computes_bf16
 from enchtable_vllm.distill import data, encode, training
 from enchtable_vllm.distill.parameters import choose_parameters
+from enchtable_vllm.distill.precision import computes_bf16
 from enchtable_vllm.distill.recipe import Recipe
 
 
@@ -32,6 +32,11 @@ def brief(**settings: Any) -> Recipe:
         "attention": "eager",  # a quarter faster to train with than sdpa on a CPU
     }
     return Recipe(**{**common, **settings})
+
+
+def aligning() -> Recipe:
+    """Of a model that learns to refuse, beside thousands of harmless answers, one time each."""
+    return brief(scope="attention+ffn", epochs=1, batch_size=32, learning_rate=2e-4)
 
 
 def train(

@@ -60,6 +60,11 @@ class Linearity:
     tokens: int
 
 
+#: By as many units in the last place two computations of the same logits may differ: which kernels
+#: they take is the machine's choice.
+_ROUNDINGS = 64
+
+
 @torch.no_grad()
 def measure_linearity(
     model: nn.Module, change: Tensors, data: Iterable[AnswerBatch], *, points: int = 11
@@ -75,7 +80,8 @@ def measure_linearity(
     start = own_weights(model, change)
     steps = [i / (points - 1) for i in range(points)]
     actual, expanded = [0.0] * points, [0.0] * points
-    slope = unexplained = whole = 0.0
+    slope = unexplained = whole = said = 0.0
+    rounding = _ROUNDINGS * torch.finfo(next(iter(start.values())).dtype).eps
     tokens = 0
     for batch in data:
         value, tangent = expanded_logits(model, start, change, batch)
@@ -91,6 +97,7 @@ def measure_linearity(
             if i == points - 1:
                 unexplained += float((logits - value - tangent).double().square().sum())
                 whole += float((logits - value).double().square().sum())
+                said += float(value.double().square().sum())
     actual = [x / tokens for x in actual]
     expanded = [x / tokens for x in expanded]
     slope /= tokens
@@ -102,8 +109,8 @@ def measure_linearity(
         tangent=tuple(actual[0] + t * slope for t in steps),
         expanded=tuple(expanded),
         derivative=slope,
-        logit_error=math.sqrt(unexplained / whole) if whole else None,
-        loss_error=gap / span if span else None,
+        logit_error=math.sqrt(unexplained / whole) if whole > rounding**2 * said else None,
+        loss_error=gap / span if span > rounding * abs(actual[0]) else None,
         tokens=tokens,
     )
 

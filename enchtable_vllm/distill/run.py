@@ -27,6 +27,7 @@ from enchtable_vllm.distill.examples import Task, read_domain, read_examples
 from enchtable_vllm.distill.linearize import linearize
 from enchtable_vllm.distill.loading import load_model, load_tokenizer
 from enchtable_vllm.distill.parameters import choose_parameters
+from enchtable_vllm.distill.precision import computes_bf16
 from enchtable_vllm.distill.recipe import Recipe
 from enchtable_vllm.distill.report import DistilReport, write_report
 from enchtable_vllm.distill.training import Step, train, training_arguments
@@ -134,6 +135,8 @@ def distil(
             found = workspace.begin({**made, "aligned": fingerprint}, resume=resume)
             if found:
                 say(f"resuming: {found}")
+            if recipe.bf16 and state.device.type == "cpu" and not computes_bf16():
+                say("this CPU has no instructions for bf16; --fp32 is several times as fast")
         state.wait_for_everyone()
         curve = workspace.curve()
         if curve is None:

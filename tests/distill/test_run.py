@@ -275,3 +275,11 @@ def test_a_task_of_another_kind_is_refused_before_training(aligned, pairs, tmp_p
         with pytest.raises(MismatchError, match=r"embed_tokens.*vocabulary"):
             run(aligned, pairs, tmp_path / "v", task=task, callbacks=(Interrupt(0),))
     assert [p.name for p in tmp_path.iterdir()] == ["other"]
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_a_cpu_without_bf16_is_told_of_fp32(aligned, pairs, tmp_path, monkeypatch, bf16):
+    monkeypatch.setattr("enchtable_vllm.distill.run.computes_bf16", lambda: False)
+    lines = []
+    run(aligned, pairs, tmp_path / "v", say=lines.append, bf16=bf16, epochs=1)
+    assert any("--fp32" in line for line in lines) is bf16

@@ -1,7 +1,7 @@
 """Whether a machine computes in bf16 without paying for it.
 
 A CPU without AVX-512 has no instructions for it, and takes eight times as long as for fp32 (AMD
-EPYC 7003). Checkpoints are bf16 all the same; only what is computed with them is not.
+EPYC 7003).
 """
 
 from __future__ import annotations
@@ -17,15 +17,10 @@ _TIMES = 5
 
 @functools.cache
 def computes_bf16() -> bool:
-    """Try a matrix product of the small model's size in both; bf16 may take twice as long."""
+    """Try a matrix product of a small model's size in both; bf16 may take twice as long."""
     if torch.cuda.is_available():
         return True
     return _seconds(torch.bfloat16) < 2 * _seconds(torch.float32)
-
-
-def served_dtype() -> str:
-    """What ``vllm serve --dtype`` is to be told."""
-    return "bfloat16" if computes_bf16() else "float32"
 
 
 def _seconds(dtype: torch.dtype) -> float:
