@@ -205,19 +205,62 @@ def test_the_ladder_climbs_only_as_far_as_needed(kind, gamma, rung):
     assert factor(matrix[:8], GAMMA).rung == "svd64"
 
 
+def with_spectrum(sigma, shape, generator):
+    """These singular values, in random directions."""
+    u, _ = torch.linalg.qr(gaussian((shape[0], len(sigma)), generator).double())
+    v, _ = torch.linalg.qr(gaussian((shape[1], len(sigma)), generator).double())
+    return (u * sigma @ v.mT).float()
+
+
+def blocks(weak, ratio, strong):
+    """One direction of 1, some at a few times the weak ones, and those."""
+    sigma = weak * torch.linspace(1, 0.15, 96, dtype=torch.float64)
+    sigma[1 : 1 + strong] = weak * ratio * torch.linspace(1.5, 1, strong, dtype=torch.float64)
+    sigma[0] = 1
+    return sigma
+
+
+def spike(shape, generator):
+    rows, columns = (gaussian((side, 1), generator) for side in shape)
+    return gaussian(shape, generator) + 100 * rows @ columns.mT
+
+
+@pytest.mark.parametrize("kind", [low_rank, many_strong, spike], ids=lambda f: f.__name__)
+def test_a_vector_along_the_task(kind):
+    """Where most of the oracle's entries are zero, and so no errors cancel."""
+    for seed in range(4):
+        safety = kind((192, 256), torch.Generator().manual_seed(seed)).bfloat16().float()
+        assert factor(safety, GAMMA).rung == "deflated32"
+        scale, n = measured_where_it_can_be_wrong(3 * safety, safety)
+        expected = oracle(3 * safety * scale, safety, n)
+        assert 0.05 < expected < 0.95
+        found = attenuation(3 * safety * scale, safety, n)
+        assert found == pytest.approx(expected, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("weak", "ratio", "strong", "gamma"),
+    [(6e-3, 2, 9, 0.5), (6e-3, 3, 4, 0.13), (1e-2, 2.5, 6, 0.5), (5e-5, 6, 5, 0.5)],
+)
+def test_spectra_where_strong_and_weak_nearly_meet(weak, ratio, strong, gamma):
+    for seed in range(6):
+        generator = torch.Generator().manual_seed(seed)
+        sigma = blocks(weak, ratio, strong)
+        task, safety = (with_spectrum(sigma, (96, 128), generator) for _ in range(2))
+        a, b = interference_terms(factor(task, gamma), factor(safety, gamma))
+        expected = oracle(task * (0.5 / b), safety, 0.5 / a, gamma)
+        assert 0.05 < expected < 0.95
+        found = attenuation(task * (0.5 / b), safety, 0.5 / a, gamma)
+        assert found == pytest.approx(expected, abs=TOLERANCE)
+
+
 @pytest.mark.parametrize("shape", [(256, 256), (200, 800), (400, 420)], ids=str)
 @pytest.mark.parametrize("slope", [0.5, 1.0, 1.5])
 def test_power_laws(shape, slope):
     """σᵢ = i^−slope: nothing tells the strong directions from the others."""
     generator = torch.Generator().manual_seed(11)
-    pair = []
-    for _ in range(2):
-        side = min(shape)
-        u, _ = torch.linalg.qr(gaussian((shape[0], side), generator).double())
-        v, _ = torch.linalg.qr(gaussian((shape[1], side), generator).double())
-        sigma = torch.arange(1, side + 1, dtype=torch.float64) ** -slope
-        pair.append((u * sigma @ v.mT).float())
-    task, safety = pair
+    sigma = torch.arange(1, min(shape) + 1, dtype=torch.float64) ** -slope
+    task, safety = (with_spectrum(sigma, shape, generator) for _ in range(2))
     scale, n = measured_where_it_can_be_wrong(task, safety)
     expected = oracle(task * scale, safety, n)
     assert 0.05 < expected < 0.95

@@ -7,7 +7,7 @@ squares the condition number, so there is a ladder:
   them that is much cheaper than eigenvectors tells where this cannot do.
 - ``deflated32``: in fp32, where they do once a few strong directions are taken out, as
   fine-tunes have them. Those few are found by subspace iteration, which ends with the matrix
-  itself, so that nothing is squared, and with fp64, which is cheap for few.
+  itself, not its rounded Gram matrix, and with fp64, which is cheap for few.
 - ``gram64``: in fp64, where they stand clear of its noise.
 - ``svd64``: elsewhere, and for small matrices, where it costs nothing.
 
@@ -40,12 +40,15 @@ _GRAM64_CLEARANCE = 1e-5
 #: Strong directions are sought among so many: a share of the short side.
 _DIRECTIONS = 1 / 6
 #: With the Gram matrix; once more with the matrix itself.
-_ITERATIONS = 2
-#: Strong is what is so many times the weakest of those sought, and so has converged.
+_ITERATIONS = 3
+#: Strong is what is so many times the weakest of those sought: the others have not converged.
 _STRONG = 3.0
-#: Radians by which a strong and a weak direction may be turned into each other. Attenuation is
-#: off by a hundredth of it at most, where it was measured.
-_TURNED = 2e-3
+#: Weak ones may be so much less than the strongest: it is rounded at its own size, and some of
+#: that stays in the rest.
+_WEAKEST = 1e-4
+#: Radians by which a strong and a weak direction may still have to be turned, which is then done
+#: to first order.
+_TURNED = 1e-3
 #: Singular values at or below max(rows, columns) · 2⁻²⁴ · σ₁ do not count.
 _RANK_EPSILON = 2.0**-24
 #: The Gram matrix is computed in this many strips of rows, each up to the diagonal only.
@@ -199,25 +202,29 @@ def _by_gram(
 
 def _by_deflation(matrix: torch.Tensor, gram: torch.Tensor, wanted: int, floor: float) -> _Found:
     """Strong directions by themselves, and of the rest by its Gram matrix; all in fp32."""
-    directions = min(int(matrix.shape[0] * _DIRECTIONS), wanted // 2)
-    strong = _strong_directions(matrix, gram, directions) if directions else None
-    if strong is None:
+    strong = _strong_directions(matrix, gram, int(matrix.shape[0] * _DIRECTIONS))
+    if strong is None or strong[0].shape[1] >= wanted:
         return None
     left, right = strong
-    rest = matrix - left @ right
+    rest = torch.addmm(matrix, left, right, alpha=-1)
     eigen = _eigen(_gram(rest, torch.float32))
     if eigen is None:
         return None
     weak = eigen[1][:, : wanted - left.shape[1]]
     weak = weak - left @ (left.mT @ weak)  # what rounding left of the strong ones is not small
     weak_right = weak.mT @ rest
+    del rest
     above, below = (torch.linalg.vector_norm(of, dim=1) for of in (right, weak_right))
     # What counts by a hair is left to fp64.
-    if below[-1] < _GRAM32_CLEARANCE * below[0] or below[-1] < 2 * floor * above[0]:
+    least = max(2 * floor, _WEAKEST) * above[0]
+    if below[-1] < max(least, _GRAM32_CLEARANCE * below[0]):
         return None
     turned = (right @ weak_right.mT) / (above[:, None] ** 2 - below**2)
     if not turned.abs().max() < _TURNED:
         return None
+    # However little a strong direction is turned, beside a weak one it is much.
+    left, weak = left + weak @ turned.mT, weak - left @ turned
+    right, weak_right = right + turned @ weak_right, weak_right - turned.mT @ right
     return torch.cat([left, weak], 1), torch.cat([right, weak_right])
 
 
@@ -226,7 +233,7 @@ def _strong_directions(matrix: torch.Tensor, gram: torch.Tensor, directions: int
     basis = _random(gram, directions)
     for _ in range(_ITERATIONS):
         basis, _ = torch.linalg.qr(gram @ basis)
-    # Each by itself, so that a product with the matrix rounds it at its own size.
+    # Each by itself: in a mixture, rounding would hide the less strong ones.
     ritz = _eigen(basis.mT @ (gram @ basis))
     if ritz is None:
         return None
