@@ -27,7 +27,18 @@ PROMPTS = [[1, 5, 9, 200, 17], [3, 4, 5, 6, 7, 8, 9, 10, 11]]
 
 
 def served_weights(worker):
-    """Digest of every weight that this rank serves.
+    """Digest of every weight of the model that this rank serves."""
+    return weights_of(worker.model_runner.get_model())
+
+
+def draft_weights(worker):
+    """The same of the draft model beside it; none where there is no such model."""
+    draft = getattr(getattr(worker.model_runner, "drafter", None), "model", None)
+    return weights_of(draft) if draft is not None else {}
+
+
+def weights_of(model):
+    """Digest of every weight.
 
     On the CPU linear layers are packed and their ``weight`` is left empty, so a digest of the
     parameters would prove nothing: an identity matrix sent through the packed layer gives its
@@ -41,7 +52,6 @@ def served_weights(worker):
         return hashlib.sha256(flat.view(torch.uint8).numpy().tobytes()).hexdigest()
 
     found = {}
-    model = worker.model_runner.get_model()
     for name, parameter in model.named_parameters():
         if parameter.numel():
             found[name] = digest(parameter)
@@ -163,6 +173,8 @@ def run(setting):
 
     def look(llm):
         seen = {"weights": llm.collective_rpc(served_weights)}
+        if "speculative_config" in setting:
+            seen["draft"] = llm.collective_rpc(draft_weights)
         if adapter:
             seen["adapter"] = generate(llm, LoRARequest("adapter", 1, adapter))
         return seen if weights_only else seen | generate(llm)

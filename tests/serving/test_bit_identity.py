@@ -77,6 +77,7 @@ def one_rank(family, merged, real_family, every_option, tmp_path_factory):
             **ours,
         },
         "with a draft model": {**with_draft(family), **ours},
+        "the draft model": {"model": str(family.base), "enforce_eager": True, "weights_only": True},
     }
     results, printed = probe(list(settings.values()), **ONE_PROCESS)
     return dict(zip(settings, results, strict=True)), printed
@@ -150,6 +151,8 @@ def test_a_draft_model_passes_through_and_the_log_says_so(one_rank, family):
         skip_on_an_older_vllm(f"vLLM's own speculative decoding fails here: {error}")
     drafted, offline = seen["with a draft model"]["first"], seen["offline"]["first"]
     assert drafted["weights"] == offline["weights"]
+    assert drafted["draft"] == seen["the draft model"]["first"]["weights"]
+    assert drafted["draft"] != drafted["weights"]
     assert drafted["tokens"] == offline["tokens"]
     assert printed.count(f"draft model '{family.base}' passes through unmerged") == 1
 
