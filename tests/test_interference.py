@@ -56,12 +56,17 @@ def mostly_zero(shape, generator):
     return gaussian(shape, generator) * (torch.rand(shape, generator=generator) < 0.01)
 
 
+def with_spectrum(sigma, shape, generator):
+    """These singular values, in random directions."""
+    u, _ = torch.linalg.qr(gaussian((shape[0], len(sigma)), generator).double())
+    v, _ = torch.linalg.qr(gaussian((shape[1], len(sigma)), generator).double())
+    return (u * sigma @ v.mT).float()
+
+
 def decaying(shape, generator):
     """Singular values from 1 down to 1e-7: below fp32's noise, and below the counting rule."""
-    side = min(shape)
-    u, _ = torch.linalg.qr(gaussian((shape[0], side), generator).double())
-    v, _ = torch.linalg.qr(gaussian((shape[1], side), generator).double())
-    return (u * torch.logspace(0, -7, side, dtype=torch.float64) @ v.mT).float()
+    sigma = torch.logspace(0, -7, min(shape), dtype=torch.float64)
+    return with_spectrum(sigma, shape, generator)
 
 
 def many_strong(shape, generator):
@@ -203,13 +208,6 @@ def test_the_ladder_climbs_only_as_far_as_needed(kind, gamma, rung):
     assert factor(matrix, gamma).rung == rung
     assert factor(torch.zeros(200, 400), GAMMA).rung == "zero"
     assert factor(matrix[:8], GAMMA).rung == "svd64"
-
-
-def with_spectrum(sigma, shape, generator):
-    """These singular values, in random directions."""
-    u, _ = torch.linalg.qr(gaussian((shape[0], len(sigma)), generator).double())
-    v, _ = torch.linalg.qr(gaussian((shape[1], len(sigma)), generator).double())
-    return (u * sigma @ v.mT).float()
 
 
 def blocks(weak, ratio, strong):
