@@ -75,6 +75,8 @@ def chromium(profile: Path) -> Iterator[Browser]:
         options.add_argument(f"--{argument}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     browser = Browser(options=options, service=ChromeService(program("chromedriver")))
+    # The driver's own 30 seconds are too few for axe on a slow machine.
+    browser.set_script_timeout(300)
     try:
         browser.get("about:blank")
         browser.requests()  # the start page's own
