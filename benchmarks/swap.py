@@ -4,9 +4,10 @@ A real server of the small real model (SmolLM2-135M-Instruct) with two attention
 four clients ask for completions all the time, and one reads its answers token by token. Swapped
 back and forth: how long generation takes to stop (the step that it is in), how long it then stands
 still, the longest wait for a next token that a swap caused, how long staging takes meanwhile and
-the whole swap; and how long a restart is away, from the old server's end to the new one's first
-answer; and how long a server of plain vLLM stands still while it reads the same weights anew, all
-of them, from a merge that was written to disk. ``soak`` goes on to as many swaps, and sees how
+the whole swap; and how long a restart is away, from the signal that ends the old server to the new
+one's first answer; and how long a server of plain vLLM stands still while it reads the same weights
+anew, all of them, from a merge that was written to disk. For each, how many requests of those
+clients were lost, who ask again after a second. ``soak`` goes on to as many swaps, and sees how
 memory and requests fare.
 
 The weights that the ranks compute with are read back, and must be those of a fresh start on
@@ -18,8 +19,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ from benchmarks.harness.results import Results
 from benchmarks.harness.tables import Table
 from benchmarks.harness.units import shown
 from benchmarks.swap_server import NAMES, Load, SwapServer, served, under_load
+from enchtable_vllm.demo.server import free_port
 
 PEER, RELOAD = "restart", "reload by plain vLLM"
 QUICK = {"swaps": 4, "restarts": 1, "reloads": 2}
@@ -53,6 +56,8 @@ _STOOD_STILL = _ANSWERED["paused"]
 _WAIT = "wait"
 _SETTLED_AFTER = 5
 _WARM_UP_SECONDS = 60.0
+#: The clients' first answers have come by then.
+_BEFORE_A_RESTART_SECONDS = 3.0
 
 
 class Options(BaseOptions):
@@ -96,22 +101,37 @@ def _compare(server: SwapServer, fresh: dict[str, Any]) -> None:
 def measure(options: Options) -> Iterator[Row]:
     """Seconds of swaps and restarts; memory, if it is soaked."""
     task = Path((options.scratch / "task").read_text())
-    away = []
-    with served(task, options.scratch, NAMES[0]):
-        pass
-    for number in range(options.restarts):
-        started = time.perf_counter()
-        with served(task, options.scratch, NAMES[number % 2]) as server:
-            away.append(time.perf_counter() - started)
-            if number + 1 == options.restarts:
-                with under_load(server) as load:
-                    yield from _swaps(server, options.swaps, load)
-                    if options.soak:
-                        yield from _soak(server, options.soak, load)
-                _demand_whole(load)
-                yield row("requests", _OURS, _SHAPE, "", [load.answers], metric="answered", unit="")
-    yield row("swap", PEER, _SHAPE, "bf16", away, metric=_STOOD_STILL)
+    with ExitStack() as last:
+        port = free_port()
+        server = last.enter_context(served(task, options.scratch, NAMES[0], port))
+        away = []
+        with under_load(server) as load:
+            for number in range(1, options.restarts + 1):
+                time.sleep(_BEFORE_A_RESTART_SECONDS)
+                began = time.perf_counter()
+                last.close()
+                server = last.enter_context(
+                    served(task, options.scratch, NAMES[number % len(NAMES)], port)
+                )
+                away.append(time.perf_counter() - began)
+        yield row("swap", PEER, _SHAPE, "bf16", away, metric=_STOOD_STILL)
+        yield from _requests(PEER, _count(options.restarts, "restart"), load)
+        with under_load(server) as load:
+            yield from _swaps(server, options.swaps, load)
+            if options.soak:
+                yield from _soak(server, options.soak, load)
+        _demand_whole(load)
+        yield from _requests(_OURS, _count(options.swaps + options.soak, "swap"), load)
     yield from _reloads(options)
+
+
+def _requests(provider: str, during: str, load: Load) -> Iterator[Row]:
+    for metric, count in (("answered", load.answers), ("lost", len(load.failures))):
+        yield row("requests", provider, f"{_SHAPE}, {during}", "", [count], metric=metric, unit="")
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def _reloads(options: Options) -> Iterator[Row]:
@@ -128,6 +148,7 @@ def _reloads(options: Options) -> Iterator[Row]:
     pausing, paused = zip(*times, strict=True)
     yield row("swap", RELOAD, _SHAPE, "bf16", pausing, metric=_ANSWERED["pausing"])
     yield row("swap", RELOAD, _SHAPE, "bf16", paused, metric=_STOOD_STILL)
+    yield from _requests(RELOAD, _count(options.reloads, "reload"), load)
 
 
 def _swaps(server: SwapServer, count: int, load: Load) -> Iterator[Row]:
@@ -195,7 +216,8 @@ def bounds(rows: list[Row]) -> Iterator[str]:
 
 
 def _table(results: Results) -> Table:
-    rows = [row for row in results.published("swap") if row.unit]
+    published = results.published("swap")
+    rows = [row for row in published if row.unit]
     peers = {row.what: row for row in rows if row.provider == PEER}
     lines = [
         [
@@ -206,7 +228,18 @@ def _table(results: Results) -> Table:
         ]
         for row in rows
     ]
-    return Table(["what", "by", "median", "÷ restart"], lines, rows)
+    lines += _lost([row for row in published if row.op == "requests"])
+    return Table(["what", "by", "median", "÷ restart"], lines, published)
+
+
+def _lost(rows: Sequence[Row]) -> Iterator[list[str]]:
+    answered = {(row.provider, row.shape): row.p50 for row in rows if row.metric == "answered"}
+    for lost in rows:
+        if lost.metric == "lost":
+            asked = lost.p50 + answered[lost.provider, lost.shape]
+            during = lost.shape.removeprefix(f"{_SHAPE}, ")
+            shares = f"{lost.p50:,.0f} of {asked:,.0f}"
+            yield [f"requests lost: {during}", lost.provider, shares, ""]
 
 
 TABLES = {"swap": _table}

@@ -24,6 +24,8 @@ from enchtable_vllm.plan.vector_root import plan_path
 
 NAMES = ("sv-a", "sv-b")
 CLIENTS = 4
+#: After which a client whose request was lost asks again.
+_AGAIN_SECONDS = 1.0
 _TOKEN = "the-token-of-this-benchmark"
 #: vLLM's kernels for the CPU keep something for each batch size that they have met (200 MiB were
 #: seen, without a swap), and a swap makes them meet many, because the requests that it interrupts
@@ -64,7 +66,7 @@ def merged(folder: Path, name: str) -> Path:
 class SwapServer(Server):
     """One ``vllm serve`` with a vector root."""
 
-    def __init__(self, task: Path, folder: Path, start: str) -> None:
+    def __init__(self, task: Path, folder: Path, start: str, port: int) -> None:
         extra = {"vector_root": str(folder / "root"), "safety_vector": start}
         super().__init__(
             task,
@@ -73,7 +75,7 @@ class SwapServer(Server):
                 *ENGINE,
             ],
             folder / f"log-{start}",
-            port=free_port(),
+            port=port,
             variables={"VLLM_PLUGINS": "enchtable", "ENCHTABLE_ADMIN_TOKEN": _TOKEN},
         )  # fmt: skip
         self.http = httpx.Client(base_url=self.url, timeout=120)
@@ -111,9 +113,9 @@ class SwapServer(Server):
 
 
 @contextmanager
-def served(task: Path, folder: Path, start: str) -> Iterator[SwapServer]:
-    """A server that has answered once."""
-    server = SwapServer(task, folder, start)
+def served(task: Path, folder: Path, start: str, port: int | None = None) -> Iterator[SwapServer]:
+    """A server that has answered once; its port is any, unless one is given."""
+    server = SwapServer(task, folder, start, port or free_port())
     with server, server.http:
         server.http.post("/v1/completions", json=_question(server, 1)).raise_for_status()
         yield server
@@ -127,6 +129,10 @@ def logprobs(server: Server) -> list[float]:
     (choice,) = answer.json()["choices"]
     found: list[float] = choice["logprobs"]["token_logprobs"]
     return found
+
+
+class RequestLost(Exception):
+    """An answer came, and is not whole."""
 
 
 class Load:
@@ -160,13 +166,13 @@ def under_load(server: Server) -> Iterator[Load]:
             while not ended.is_set():
                 number += 1
                 words = dice.randrange(2 * _MOST_BATCHED_TOKENS) if seen.of_any_length else 0
-                with _failures(seen):
+                with _failures(seen, ended):
                     _ask(http, _question(server, number * CLIENTS + client, words), seen)
 
     def listen() -> None:
         with httpx.Client(base_url=server.url, timeout=120) as http:
             while not ended.is_set():
-                with _failures(seen):
+                with _failures(seen, ended):
                     _listen(http, _question(server, 0), seen)
 
     threads = [threading.Thread(target=ask, args=(client,)) for client in range(CLIENTS)]
@@ -186,7 +192,7 @@ def _ask(http: httpx.Client, question: dict[str, Any], seen: Load) -> None:
     answer.raise_for_status()
     (choice,) = answer.json()["choices"]
     if choice["finish_reason"] != "length":
-        seen.failures.append(str(choice["finish_reason"]))
+        raise RequestLost(f"an answer that ends with {choice['finish_reason']}")
     if version := answer.headers.get("X-Enchtable-Version"):
         seen.versions.add(version)
     seen.answers += 1
@@ -205,17 +211,18 @@ def _listen(http: httpx.Client, question: dict[str, Any], seen: Load) -> None:
                 before, last = now, json.loads(line.removeprefix("data: "))
     ended = [choice["finish_reason"] for choice in last.get("choices", ())]
     if ended != ["length"]:
-        seen.failures.append(f"a stream that ends with {last}")
+        raise RequestLost(f"a stream that ends with {last}")
     seen.answers += 1
 
 
 @contextmanager
-def _failures(seen: Load) -> Iterator[None]:
-    """Whatever goes wrong with a request is a request lost."""
+def _failures(seen: Load, ended: threading.Event) -> Iterator[None]:
+    """Whatever goes wrong with a request is a request lost; who lost it waits a little."""
     try:
         yield
     except Exception as error:
         seen.failures.append(f"{type(error).__name__}: {error}")
+        ended.wait(_AGAIN_SECONDS)
 
 
 def _question(server: Server, number: int, words: int = 0) -> dict[str, Any]:

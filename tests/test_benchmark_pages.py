@@ -71,7 +71,15 @@ def results(tmp_path):
             ("restart", "without an answer", 25.0),
         )
     ]  # fmt: skip
-    write(tmp_path, "swap", swaps)
+    requests = [
+        row("requests", provider, f"SmolLM2-135M-Instruct, attention, {during}", "", [count],
+            metric=metric, unit="")
+        for provider, during, answered, lost in (
+            ("enchtable", "20 swaps", 1200, 0), ("restart", "1 restart", 90, 110),
+        )
+        for metric, count in (("answered", answered), ("lost", lost))
+    ]  # fmt: skip
+    write(tmp_path, "swap", [*swaps, *requests])
     served = [
         row("serve", provider, "SmolLM2-135M-Instruct, 4 clients, 2 starts", "bf16", [1.0] * 8,
             metric=metric)
@@ -180,6 +188,12 @@ def test_a_page_says_which_target_was_missed(results):
     assert ours.endswith("| ≤ 1.1×: **missed**; ≤ 1.98 GiB |")
     assert all(line.endswith("|  |") for line in lines if "| auto |" in line or "to disk" in line)
     assert lines[-1].endswith(" Targets missed: 1 of 3.")
+
+
+def test_lost_requests_are_shown_of_how_many(results):
+    lines = str(tables.blocks()["swap"](results)).splitlines()
+    assert "| requests lost: 20 swaps | enchtable | 0 of 1,200 |  |" in lines
+    assert "| requests lost: 1 restart | restart | 110 of 200 |  |" in lines
 
 
 def test_what_the_compiler_made_is_in_columns(results):
