@@ -1,7 +1,7 @@
 """The command line: ``python -m benchmarks list|verify|run|compare|tables|plot``.
 
-Exit codes: 0 done, or nothing to do on this machine, which it says; 1 not verified, a bound
-missed, a page out of date; 2 wrong usage.
+Exit codes: 0 done, or nothing to do on this machine, which it says; 1 not verified, or a page out
+of date; 2 wrong usage; 3 measured, and a target missed.
 """
 
 from __future__ import annotations
@@ -82,7 +82,10 @@ def run(
     ] = True,
     as_json: Json = False,
 ) -> None:
-    """Verify, then measure: what is not right has no figures, and exit code 1."""
+    """Verify, then measure: what is not right has no figures, and exit code 1.
+
+    A target that is missed is exit code 3; its figures are kept.
+    """
     wish = Wish(_size(quick, full), tuple(option or ()), written=write, as_json=as_json)
     raise typer.Exit(run_all(_wanted(names, device), wish))
 

@@ -19,6 +19,9 @@ from benchmarks.harness.rows import RESULTS, append
 from benchmarks.harness.run import run, unavailable
 from enchtable_vllm.cli.output import errors
 
+#: The exit code where all was right and measured, and a target was missed.
+MISSED = 3
+
 
 @dataclass(frozen=True)
 class Wish:
@@ -50,7 +53,8 @@ def run_all(wanted: Sequence[Benchmark], wish: Wish) -> int:
     """Run one here, several each in a process of its own: what one imports hinders another.
 
     Returns:
-        The exit code. What this machine cannot run is skipped, and said to be.
+        The exit code: 0, or `MISSED`, or that of something which failed. What this machine cannot
+        run is skipped, and said to be.
     """
     ready = []
     for benchmark in wanted:
@@ -66,20 +70,22 @@ def run_all(wanted: Sequence[Benchmark], wish: Wish) -> int:
 
 
 def _each(ready: Sequence[Benchmark], wish: Wish) -> int:
-    failed: list[str] = []
+    ended: dict[str, int] = {}
     rows: list[Any] = []
     for benchmark in ready:
         output = subprocess.PIPE if wish.as_json else None
         done = subprocess.run(wish.command(benchmark.name), stdout=output, check=False)
-        if done.returncode:
-            failed.append(benchmark.name)
+        ended[benchmark.name] = done.returncode
         if wish.as_json and done.stdout:
             rows += json.loads(done.stdout)
     if wish.as_json:
         view.print_json(rows)
-    if failed:
-        errors.print(f"failed: {', '.join(failed)}")
-    return int(bool(failed))
+    missed = [name for name, code in ended.items() if code == MISSED]
+    failed = [name for name, code in ended.items() if code not in (0, MISSED)]
+    for what, names in (("targets missed", missed), ("failed", failed)):
+        if names:
+            errors.print(f"{what}: {', '.join(names)}", highlight=False)
+    return 1 if failed else MISSED if missed else 0
 
 
 def _here(benchmark: Benchmark, wish: Wish) -> int:
@@ -97,7 +103,7 @@ def _here(benchmark: Benchmark, wish: Wish) -> int:
     missed = [] if wish.size == "quick" else benchmark.missed(rows)  # one round claims nothing
     for words in missed:
         errors.print(f"[bold red]missed:[/bold red] {words}", highlight=False, soft_wrap=True)
-    return int(bool(missed))
+    return MISSED if missed else 0
 
 
 def _say(text: str) -> None:

@@ -130,11 +130,11 @@ def test_a_wrong_answer_halfway_has_none_either(monkeypatch, results):
     assert not results.exists()
 
 
-def test_a_missed_bound_is_exit_code_one_and_its_figures_are_kept(monkeypatch, results):
+def test_a_missed_bound_is_exit_code_three_and_its_figures_are_kept(monkeypatch, results):
     module = plant(monkeypatch)
     module.bounds = lambda rows: [f"{rows[0].provider} is slow"]
     done = invoke("run", "planted")
-    assert done.exit_code == 1
+    assert done.exit_code == 3
     assert "ours is slow" in done.stderr
     assert len(read(results)) == 2
     assert invoke("run", "planted", "--quick").exit_code == 0  # a quick run claims nothing
@@ -159,6 +159,27 @@ def test_one_wrong_bit_of_the_addition_is_seen(monkeypatch):
     monkeypatch.setattr(kernels_cases, "fused_add", wrong)
     with pytest.raises(NotVerified, match="1 elements with others"):
         kernels_cases.verify_variants(variants, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("codes", "code", "said"),
+    [
+        ([0, 0], 0, ""),
+        ([0, 3], 3, "targets missed: planted-1\n"),
+        ([3, 1], 1, "targets missed: planted-0\nfailed: planted-1\n"),
+        ([0, -9], 1, "failed: planted-1\n"),
+    ],
+)
+def test_what_failed_is_told_from_what_was_missed(capsys, codes, code, said):
+    class Ends(runs.Wish):
+        def command(self, name):
+            number = codes[int(name[-1])]
+            end = f"sys.exit({number})" if number >= 0 else f"os.kill(os.getpid(), {-number})"
+            return [sys.executable, "-c", f"import os, sys; {end}"]
+
+    wanted = [Benchmark(f"planted-{i}", "Nothing", "cpu", 0) for i in range(len(codes))]
+    assert runs.run_all(wanted, Ends()) == code
+    assert capsys.readouterr().err == said
 
 
 @pytest.mark.parametrize("words", ["rounds=many", "colour=blue"])
