@@ -118,8 +118,37 @@ def test_the_claim_is_about_medians():
     (missed,) = serving.bounds(rows(0.05))
     assert re.search(r"4 clients, 3 starts: TPOT, p50: merged / unmerged 1\.0\d\d .*fails$", missed)
     assert list(serving.bounds(rows(0.05, metric="TPOT, p99"))) == []
-    few = [dataclasses.replace(one, shape="1 start", samples=(1.0, 2.0)) for one in rows(0.05)]
-    assert list(serving.bounds(few)) == []  # a quick run claims nothing
+
+
+def test_a_planted_slowdown_that_is_not_found_is_a_missed_bound():
+    planted = row("plant", "merged", "SmolLM2-135M-Instruct", "", [0.05], unit="")
+    assert list(serving.bounds([*rows(0.05), planted])) == []
+    few = [dataclasses.replace(one, samples=one.samples[:3]) for one in rows(0.05)]
+    few = [dataclasses.replace(one, shape=one.shape.replace("3 starts", "1 start")) for one in few]
+    (missed,) = serving.bounds([*few, planted])
+    assert "merged / unmerged 1.0" in missed
+    (undecided,) = serving.bounds(few)
+    assert undecided.endswith("is undecided")
+    for slowdown in (0.0, -0.05):
+        (missed,) = serving.bounds([*rows(slowdown), planted])
+        assert missed.endswith("steps were really 5% longer, and this does not show it")
+
+
+def test_plain_vllm_needs_no_round_in_every_pair():
+    """Three starts of eight pairs, and a round of plain vLLM in the first, fourth and seventh."""
+    ours, theirs = rows(0.05)
+    ours = dataclasses.replace(ours, provider="unmerged")
+    some = tuple(value for i, value in enumerate(theirs.samples) if i % 8 in (0, 3, 6))
+    theirs = dataclasses.replace(theirs, provider=serving.PLAIN, samples=some)
+    ((*_, ratio, outcome),) = serving.comparisons([ours, theirs])
+    assert float(ratio.split()[0]) == pytest.approx(1.05, abs=0.02)
+    assert outcome == ""
+
+
+def test_no_more_pairs_are_asked_for_than_are_kept():
+    with pytest.raises(ValueError, match="at most 100 are kept"):
+        serving.Options(starts=6, pairs=20)
+    serving.Options(**serving.FULL)
 
 
 def test_a_slowed_step_takes_longer_and_gives_the_same(tmp_path):
@@ -129,7 +158,7 @@ def test_a_slowed_step_takes_longer_and_gives_the_same(tmp_path):
 
     plant.slow_down(tmp_path, 0.0)
     slowed = plant.slower(step, tmp_path / "share")
-    for share, least, most in ((0.0, 0.05, 0.09), (1.0, 0.1, 10), (0.0, 0.05, 0.09)):
+    for share, least, most in ((0.0, 0.05, 1.0), (20.0, 1.05, 20), (0.0, 0.05, 1.0)):
         plant.slow_down(tmp_path, share)
         began = time.perf_counter()
         assert slowed(0.05) == "outcome"
@@ -218,5 +247,8 @@ def test_a_planted_slowdown_is_caught():
         [*command, *(word for one in chosen for word in ("-o", one))],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert done.returncode == 1, done.stderr
-    assert re.search(r"TPOT, p50: merged / unmerged 1\.[345]\d\d .* fails", done.stderr)
+    assert done.returncode == 0, done.stderr
+    found = [one for one in json.loads(done.stdout) if one["metric"] == "TPOT, p50"]
+    times = {one["provider"]: one["p50"] for one in found}
+    assert 1.3 < times["merged"] / times["unmerged"] < 1.6
+    assert len(times) == 3
