@@ -13,7 +13,8 @@ import torch
 
 from enchtable_vllm.checkpoint.files import open_regular
 
-_DTYPES = {
+#: What a tensor in a pickle may be → how safetensors calls it.
+DTYPES = {
     torch.bool: "BOOL",
     torch.uint8: "U8",
     torch.int8: "I8",
@@ -62,7 +63,7 @@ class PickledFile:
             _check(name, value)
         self._tensors: dict[str, torch.Tensor] = {n: t.detach() for n, t in state.items()}
         self.metadata = {"format": "pt"}
-        self.entries = {n: (_DTYPES[t.dtype], tuple(t.shape)) for n, t in self._tensors.items()}
+        self.entries = {n: (DTYPES[t.dtype], tuple(t.shape)) for n, t in self._tensors.items()}
 
     def is_still(self, path: Path) -> bool:
         """Whether a path leads to this very file, as it was when it was opened."""
@@ -100,7 +101,7 @@ def _state(found: os.stat_result) -> tuple[int, ...]:
 def _check(name: object, value: object) -> None:
     if not isinstance(name, str) or not isinstance(value, torch.Tensor):
         raise ValueError(f"{name!r} is a {type(value).__name__}, not a tensor with a name")
-    if value.layout is not torch.strided or value.is_meta or value.dtype not in _DTYPES:
+    if value.layout is not torch.strided or value.is_meta or value.dtype not in DTYPES:
         raise ValueError(f"'{name}' is {value.dtype}, {value.layout}, on '{value.device}'")
     if value.nbytes > value.untyped_storage().nbytes():
         raise ValueError(f"'{name}' is larger than what is stored of it")

@@ -171,7 +171,7 @@ CONSUMERS = (
     _consumer("merge", "vector plan masks task", merge),
     _consumer("serve", "vector plan masks task", serve),
     _consumer("serve with base", "vector factors task base", serve_with_base),
-    _consumer("build", "aligned", build),
+    _consumer("build", "aligned surrogate", build),
     _consumer(
         "command: verify",
         "vector factors",
@@ -180,8 +180,8 @@ CONSUMERS = (
     _consumer("command: plan", "vector factors task base", _plan_command),
     _consumer("command: plan with masks", "vector factors task base", _masks_command),
     _consumer("command: merge", "vector plan masks task", _merge_command),
-    _consumer("command: build", "aligned", _build_command),
-    _consumer("command: build with factors", "aligned", _factors_command),
+    _consumer("command: build", "aligned surrogate", _build_command),
+    _consumer("command: build with factors", "aligned surrogate", _factors_command),
 )
 
 

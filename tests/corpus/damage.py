@@ -20,7 +20,8 @@ class Damage:
     """One damage.
 
     Attributes:
-        artefact: What it is done to: vector, factors, plan, masks, task, base or aligned.
+        artefact: What it is done to: vector, factors, plan, masks, task, base, aligned or
+            surrogate.
         name: For people.
         apply: Does it to a family's folder.
         message: What every refusal of it says (a regular expression, class name included).

@@ -132,7 +132,7 @@ NO_FILES = {
 
 
 def weight_files() -> Iterator[Damage]:
-    for artefact in ("vector", "task", "base", "aligned"):
+    for artefact in ("vector", "task", "base", "aligned", "surrogate"):
         at = "safety_vector" if artefact == "vector" else "model"
         # One reader reads them all: two artefacts get everything, the others a part.
         everything = artefact in ("vector", "task")
@@ -208,7 +208,7 @@ def indexes(artefact: str, stem: str) -> Iterator[Damage]:
 
 
 def configs() -> Iterator[Damage]:
-    """``config.json`` of task, base and aligned model."""
+    """``config.json`` of each model."""
     bad = r"CheckpointError: .*config\.json: expected a JSON object"
     texts = {
         "not JSON": b"{",
@@ -218,7 +218,7 @@ def configs() -> Iterator[Damage]:
         "not UTF-8": b'{"a": "\xff"}',
         "UTF-16": '{"a": 1}'.encode("utf-16"),
     }
-    for artefact in ("task", "base", "aligned"):
+    for artefact in ("task", "base", "aligned", "surrogate"):
 
         def on(change, artefact=artefact):
             return lambda family: change(folder(family, artefact) / "config.json")

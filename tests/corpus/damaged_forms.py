@@ -156,7 +156,7 @@ def factored() -> Iterator[Damage]:
 def pickled() -> Iterator[Damage]:
     """``.bin`` files of every model."""
     whole = r"CheckpointError: .*pytorch_model\.bin"
-    for artefact in ("task", "base", "aligned"):
+    for artefact in ("task", "base", "aligned", "surrogate"):
 
         def on(change, artefact=artefact):
             return lambda family: change(weights(getattr(family, artefact)))

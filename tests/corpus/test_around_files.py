@@ -25,7 +25,8 @@ from enchtable_vllm.plan import read_plan, resolve_plan
 from enchtable_vllm.vector import SafetyVector
 
 WRITERS = [c for c in consumers.CONSUMERS if c.name in (
-    "build", "merge", "serve with base", "command: build", "command: plan", "command: merge",
+    "build", "merge", "serve with base", "command: build", "command: build with factors",
+    "command: plan", "command: plan with masks", "command: merge",
 )]  # fmt: skip
 
 
@@ -124,6 +125,7 @@ def open_folder():
     shutil.rmtree(folder)
 
 
+#: What nobody may read: which artefact that is, where, and in which form of a family.
 UNREADABLE = {
     "manifest": ("vector", seeds.manifest),
     "delta": ("vector", lambda f: seeds.weights(f.vector)),
@@ -132,21 +134,27 @@ UNREADABLE = {
     "weights": ("task", lambda f: seeds.weights(f.task)),
     "config": ("task", lambda f: f.task / "config.json"),
     "base": ("base", lambda f: f.base),
+    "aligned": ("aligned", lambda f: seeds.weights(f.aligned)),
+    "surrogate": ("surrogate", lambda f: f.surrogate),
+    "masks": ("masks", lambda f: f.plan.with_suffix(".masks"), "masked"),
+    "bits": ("masks", lambda f: f.plan.with_suffix(".masks") / "keep_bits.safetensors", "masked"),
+    "factors": ("factors", lambda f: f.vector / "safety_vector_factors.safetensors", "factored"),
+    "pickle": ("task", lambda f: seeds.weights(f.task), "pickled"),
     "everything": ("task", lambda f: f.task.parent),
 }
 
 
 @pytest.mark.parametrize("what", UNREADABLE)
-def test_no_permission_to_read(small, open_folder, what):
-    artefact, path_of = UNREADABLE[what]
-    family = copy_family(small.family, open_folder / "family")
+def test_no_permission_to_read(good, open_folder, what):
+    artefact, path_of, form = (*UNREADABLE[what], "plain")[:3]
+    family = copy_family(good[form].family, open_folder / "family")
     path = path_of(family)
     (open_folder / "out").mkdir()
     (open_folder / "out").chmod(0o777)
     path.chmod(0)
     damage = Damage(artefact, what, print, "Permission denied")
     with nobody():
-        consumers.check_refused(small, family, damage, open_folder / "out")
+        consumers.check_refused(good[form], family, damage, open_folder / "out")
 
 
 @pytest.mark.parametrize("consumer", WRITERS, ids=lambda c: c.name)
@@ -338,8 +346,8 @@ for line in sys.stdin:
 
 
 def test_stopped_in_the_middle(family, tmp_path):
-    """Build, plan, merge, factor; stopped, nothing is left but what a plan resumes from; killed,
-    the next run tidies up."""
+    """Build, plan, merge, factor, and a plan with masks; stopped, nothing is left but what a plan
+    resumes from; killed, the next run tidies up."""
     out = tmp_path / "out"
     out.mkdir()
     ends = ["--aligned", family.aligned, "--surrogate", family.surrogate]
@@ -349,6 +357,8 @@ def test_stopped_in_the_middle(family, tmp_path):
         ["plan", *names, "--base-model", family.base, "-o", out / "p.json"],
         ["merge", *names, "--plan", family.plan, "-o", out / "m"],
         ["vector", "factor", family.vector],
+        ["vector", "build", *ends, "-o", out / "f", "--factors"],
+        ["plan", *names, "--base-model", family.base, "-o", out / "m.json", "--density", "0.5"],
     ]
     inputs = consumers.files(family.task.parent)
     runs = [(s, c) for s in ("SIGINT", "SIGTERM") for c in commands]
@@ -365,9 +375,9 @@ def test_stopped_in_the_middle(family, tmp_path):
     expected = [f"{s} {c[0]} {128 + getattr(signal, s)}" for s, c in runs[:-1]]
     assert done.stdout.splitlines() == expected, done.stderr
     assert done.returncode == -signal.SIGKILL
-    assert done.stderr.count("stopped by SIGTERM") == 4
+    assert done.stderr.count("stopped by SIGTERM") == 6
     assert consumers.files(family.task.parent) == inputs
-    left = [".m.lock", ".m.partial", ".p.json.journal"]
+    left = [".m.json.journal", ".m.lock", ".m.partial", ".p.json.journal"]
     assert sorted(p.name for p in out.iterdir()) == left
     merge(family, out / "m")
-    assert sorted(p.name for p in out.iterdir()) == [".p.json.journal", "m"]
+    assert sorted(p.name for p in out.iterdir()) == [".m.json.journal", ".p.json.journal", "m"]

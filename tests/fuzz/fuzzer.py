@@ -37,6 +37,7 @@ from pathlib import Path
 if __name__ == "__main__":  # pytest puts it on the path itself
     sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import architectures
 from corpus import seeds
 from fuzz.mutations import mutate_file
 
@@ -152,6 +153,9 @@ def make_seeds(folder: Path) -> list[tuple[str, Files]]:
     seeds.shard(family.vector, "safety_vector")
     seeds.shard(family.base)
     found += [("vector", _files(family.vector)), ("checkpoint", _files(family.base))]
+    for folder, shards in ((family.aligned, 1), (family.surrogate, 2)):
+        architectures.pickled(folder, shards=shards)
+        found.append(("checkpoint", _files(folder)))
     extra = {"safety_vector": "v", "merge_plan": "p", "beta": 0.5, "scope": "attention"}
     extra |= {"verify": "content", "inner_load_format": "auto", "inner_extra_config": {"a": 1}}
     return [*found, ("config", {"extra.json": json.dumps(extra).encode()})]

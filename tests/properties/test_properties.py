@@ -1,5 +1,6 @@
 """What holds for every input, not only for those that somebody thought of."""
 
+import functools
 import json
 import math
 import pickle
@@ -7,6 +8,7 @@ import random
 import tempfile
 from pathlib import Path
 
+import architectures
 import pytest
 import torch
 from corpus import seeds
@@ -23,6 +25,7 @@ from enchtable_vllm.checkpoint import (
     sampled_fingerprint,
 )
 from enchtable_vllm.checkpoint.files import parse_json
+from enchtable_vllm.checkpoint.pickled import DTYPES as PICKLED
 from enchtable_vllm.checkpoint.safetensors_file import STORED_DTYPES
 from enchtable_vllm.checkpoint.writer import assign_shards, tensor_bytes, write_index
 from enchtable_vllm.errors import CheckpointError, EnchTableError
@@ -43,6 +46,7 @@ NAMES = st.text(st.characters(codec="utf-8"), min_size=1, max_size=20).filter(
 )
 SHAPES = st.lists(st.integers(0, 5), max_size=3).map(tuple)
 DTYPES = st.sampled_from(sorted(STORED_DTYPES))
+PICKLED_DTYPES = st.sampled_from(sorted(set(STORED_DTYPES) & set(PICKLED.values())))
 
 
 @st.composite
@@ -102,6 +106,49 @@ def test_what_is_written_is_read(tensors, max_shard_bytes, metadata):
         assert [n for n in order if tensors[n].numel()] == full
 
 
+@given(stored_tensors(PICKLED_DTYPES), st.integers(1, 3), st.booleans())
+def test_what_is_pickled_is_read(tensors, count, turned):
+    """In one file or several with their index, row-major or not."""
+    if turned:
+        tensors = {n: t.mT if t.ndim == 2 else t for n, t in tensors.items()}
+    names = sorted(tensors)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        where = {n: f"pytorch_model-{i % count + 1}.bin" for i, n in enumerate(names)}
+        for file in set(where.values()):
+            torch.save({n: tensors[n] for n in names if where[n] == file}, folder / file)
+        if count > 1:
+            (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": where}))
+        checkpoint = Checkpoint(folder)
+        assert set(checkpoint.tensors) == set(tensors)
+        assert set(checkpoint.files) == set(where.values())
+        for name, tensor in tensors.items():
+            found, row_major = checkpoint.read(name), tensor.contiguous()
+            assert found.is_contiguous()
+            assert (found.dtype, found.shape) == (tensor.dtype, tensor.shape)
+            assert bits(found) == bits(row_major)
+            assert checkpoint.read_bytes(name, 1, 3) == bits(row_major)[1:4]
+
+
+@settings(max_examples=settings.default.max_examples * 5)
+@given(seed=st.integers(0, 2**64))
+def test_a_changed_place_of_an_index_is_refused_or_changes_no_tensor(cut, seed):
+    """Of shards of either format."""
+    rng = random.Random(seed)
+    for folder, tensors in cut.items():
+        (index,) = folder.glob("*.index.json")
+        before = index.read_bytes()
+        try:
+            index.write_text(json.dumps(mutations.mutate_json(json.loads(before), rng)))
+            checkpoint = Checkpoint(folder)
+            assert set(checkpoint.tensors) == set(tensors)
+            assert all(torch.equal(checkpoint.read(n), t) for n, t in tensors.items())
+        except EnchTableError:
+            pass
+        finally:
+            index.write_bytes(before)
+
+
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=30), st.integers(1, 8))
 def test_shards_are_filled_in_order_and_never_overfilled(sizes, most):
     headers = [TensorHeader(str(i), "U8", (size,), "") for i, size in enumerate(sizes)]
@@ -131,6 +178,17 @@ def test_any_changed_bit_changes_the_fingerprint_and_sharding_does_not(tensors, 
         assert sampled_fingerprint(write(folders[2], changed)) != before
         flat = tensors | {chosen: tensors[chosen].reshape(6)}
         assert sampled_fingerprint(write(folders[3], flat)) != before
+
+
+@pytest.fixture(scope="module")
+def cut(tmp_path_factory):
+    """Folder → tensors: a checkpoint in two shards, in either format."""
+    found = {}
+    for store in (seeds.shard, functools.partial(architectures.pickled, shards=2)):
+        folder = seeds.small_checkpoint(tmp_path_factory.mktemp("cut") / "checkpoint")
+        found[folder] = seeds.stored(folder)
+        store(folder)
+    return found
 
 
 FLOATS = st.sampled_from(["F32", "BF16", "F16"])
