@@ -8,11 +8,13 @@ import stat
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 
 import models
 import pytest
 from typer.testing import CliRunner
+from users import nobody
 
 from enchtable_vllm import cli
 from enchtable_vllm.checkpoint import locate
@@ -290,6 +292,48 @@ def test_a_root_that_a_group_can_write_to(family, tmp_path):
     assert f"chmod -R g-w '{root}'" in finding.cure
     manifest.chmod(manifest.stat().st_mode | stat.S_IWOTH)
     assert check_vector_root(root)[0].status == "fail"
+
+
+def test_a_root_below_a_folder_that_everybody_can_write_to(family, tmp_path):
+    root = tmp_path / "shared" / "root"
+    shutil.copytree(family.vector, root / "sv")
+    root.parent.chmod(0o777)
+    finding = check_vector_root(root)[0]
+    assert finding.status == "fail"
+    assert finding.cause == f"the first: '{root.parent}'"
+    assert finding.cure.endswith(f"another root in its place: chmod o-w '{root.parent}'.")
+    root.parent.chmod(0o1777)  # as /tmp: nobody renames what is another's
+    assert check_vector_root(root)[0].status == "ok"
+
+
+def test_a_root_that_belongs_to_somebody_else(family, tmp_path, monkeypatch):
+    root = tmp_path / "root"
+    shutil.copytree(family.vector, root / "sv")
+    manifest = root / "sv" / "safety_vector.json"
+    if os.geteuid() == 0:
+        os.chown(manifest, 65534, -1)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: 65534)
+    finding = check_vector_root(root)[0]
+    assert finding.status == "warn"
+    assert "belong to another user than root and this one" in finding.found
+    assert finding.cause.endswith(f"user {manifest.stat().st_uid}")
+
+
+@pytest.mark.parametrize("inside", ["sv/plans", "sv/safety_vector.json"])
+def test_a_root_with_what_this_user_cannot_read(family, inside):
+    with tempfile.TemporaryDirectory() as name:  # pytest's own folders are private
+        root = Path(name)
+        root.chmod(0o755)
+        shutil.copytree(family.vector, root / "sv")
+        (root / "sv" / "plans").mkdir()
+        closed = root / inside
+        closed.chmod(0)
+        with nobody():
+            finding = check_vector_root(root)[0]
+        assert finding.status == "fail"
+        assert finding.found == "1 path(s) that this user cannot read"
+        assert finding.cause == f"the first: '{closed}'"
 
 
 def test_a_root_with_damaged_vectors(family, tmp_path):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import stat
 import tempfile
 from pathlib import Path
 
 from enchtable_vllm.doctor.finding import Finding
+from enchtable_vllm.doctor.permissions import check_permissions
 from enchtable_vllm.envs import cache_folder
 from enchtable_vllm.errors import EnchTableError
 
@@ -42,28 +41,7 @@ def check_vector_root(root: Path) -> list[Finding]:
     except OSError as error:
         cure = "Check the path and its permissions."
         return [Finding(name, "fail", "not a readable folder", f"{error}", cure)]
-    findings = []
-    if open_to_all := _writable(root, stat.S_IWOTH):
-        findings.append(
-            Finding(
-                name,
-                "fail",
-                f"{len(open_to_all)} path(s) that every user of this machine can write to",
-                f"the first: '{open_to_all[0]}'",
-                f"Whoever writes there chooses what is served: chmod -R o-w '{root}'.",
-            )
-        )
-    elif open_to_group := _writable(root, stat.S_IWGRP):
-        findings.append(
-            Finding(
-                name,
-                "warn",
-                f"{len(open_to_group)} path(s) that a whole group can write to",
-                f"the first: '{open_to_group[0]}', group {open_to_group[0].stat().st_gid}",
-                "Whoever is in it chooses what is served. Where that is more than this server and "
-                f"who looks after it: chmod -R g-w '{root}'.",
-            )
-        )
+    findings = list(check_permissions(name, root))
     opened = [_check_vector(folder) for folder in folders]
     if not opened:
         cure = "Put each vector into a folder of its own inside it."
@@ -92,14 +70,3 @@ def _check_vector(folder: Path) -> Finding:
         f"manifest and headers agree: {len(manifest.tensors)} tensors, scope {manifest.scope}, "
         f"of '{manifest.aligned.id}'",
     )
-
-
-def _writable(root: Path, by: int) -> list[Path]:
-    """The paths whose mode has a bit, the root itself among them."""
-    found = []
-    for folder, _, files in os.walk(root):
-        for path in (Path(folder), *(Path(folder, file) for file in sorted(files))):
-            # A link's own permissions mean nothing; what it leads to is what counts.
-            if path.exists() and path.stat().st_mode & by:
-                found.append(path)
-    return found

@@ -16,6 +16,7 @@ import torch
 from corpus import consumers, seeds
 from corpus.damage import Damage
 from models import copy_family
+from users import nobody
 from vllm_runs import environment
 
 from enchtable_vllm.checkpoint import Checkpoint, FileTransaction, FolderTransaction, Location
@@ -101,19 +102,6 @@ def test_a_checkpoint_that_is_not_the_one_that_was_checked(family, change):
 
 
 # --- places that cannot be read or written -------------------------------------------------------
-
-
-@contextmanager
-def nobody():
-    """Without root's permissions, which know no limits."""
-    if os.geteuid() != 0:
-        yield
-        return
-    os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
 
 
 @pytest.fixture
