@@ -45,6 +45,15 @@ def damaged(family, tmp_path):
     return models.copy_family(family, tmp_path / "family")
 
 
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory):
+    """Two who sign vectors: ``ours`` and ``theirs``."""
+    import signers
+
+    folder = tmp_path_factory.mktemp("keys")
+    return {name: signers.Key.make(folder, name) for name in ("ours", "theirs")}
+
+
 @pytest.fixture
 def edit_json():
     """Change one value in a JSON file: ``edit_json(path, "tensors", name, "a", value=…)``."""

@@ -11,12 +11,6 @@ FLIPPED = -1
 
 
 @pytest.fixture(scope="module")
-def keys(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("keys")
-    return {name: signers.Key.make(folder, name) for name in ("ours", "theirs")}
-
-
-@pytest.fixture(scope="module")
 def root(family, keys, tmp_path_factory):
     """``sv-a`` and ``sv-q`` are signed by us, ``sv-ffn`` by others, ``sv-b`` by nobody."""
     root = live.make_root(family, tmp_path_factory.mktemp("swap"))

@@ -10,12 +10,6 @@ from enchtable_vllm.vector import SafetyVector, add_factors
 
 
 @pytest.fixture(scope="module")
-def keys(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("keys")
-    return {name: signers.Key.make(folder, name) for name in ("ours", "theirs")}
-
-
-@pytest.fixture(scope="module")
 def signed_root(family, keys, tmp_path_factory):
     """Read-only; its vector has everything that a folder may hold."""
     root = signers.planned_vector(family, tmp_path_factory.mktemp("signed"))
