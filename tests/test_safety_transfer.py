@@ -229,7 +229,7 @@ def test_rows_hold_rates_differences_and_what_was_merged(tmp_path):
 def test_without_a_beta_within_the_budget_the_safest_is_tested_and_named_so():
     def step(beta, unsafe):
         rate = Rate.make(unsafe, 100)
-        return Step(beta=beta, folder="f", unsafe=rate, utility=rate)
+        return Step(beta=beta, folder="f", unsafe=rate, worst=rate, utility=rate)
 
     class Tuned:
         proposed = None
@@ -243,7 +243,7 @@ def test_without_a_beta_within_the_budget_the_safest_is_tested_and_named_so():
 def test_the_smallest_beta_that_reaches_the_aim_is_found_or_none():
     def step(beta, unsafe):
         rate = Rate.make(unsafe, 100)
-        return Step(beta=beta, folder="f", unsafe=rate, utility=rate)
+        return Step(beta=beta, folder="f", unsafe=rate, worst=rate, utility=rate)
 
     class Tuned:
         steps = (step(None, 80), step(0.3, 20), step(0.9, 0), step(0.5, 8), step(0.7, 9))

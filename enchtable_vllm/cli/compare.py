@@ -14,7 +14,7 @@ from enchtable_vllm.cli.output import out, print_json, say, warn
 from enchtable_vllm.errors import printable
 from enchtable_vllm.evaluate.compare import KINDS, Comparison, Difference
 from enchtable_vllm.evaluate.compare import compare as side_by_side
-from enchtable_vllm.evaluate.compare_page import about, compare_page, sign
+from enchtable_vllm.evaluate.compare_page import about, compare_page, doubtful, sign
 from enchtable_vllm.evaluate.files import write_whole
 from enchtable_vllm.evaluate.report import Kind, Rate, read_report
 
@@ -75,6 +75,8 @@ def _print(comparison: Comparison) -> None:
         for kind in kinds:
             difference = row.differences.get(kind)
             words = rate_words(row.rates.get(kind))
+            if open_ := doubtful(row.doubts.get(kind)):
+                words += f"\n[dim]{open_}[/]"
             cells.append(words + (f"\n{_words(difference, kind)}" if difference else ""))
         table.add_row(*cells, *([rate_words(row.garak)] if garak else []))
     out.print(table)

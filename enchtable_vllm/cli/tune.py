@@ -30,7 +30,7 @@ from enchtable_vllm.errors import ConfigError, printable
 from enchtable_vllm.evaluate.curve import write_png
 from enchtable_vllm.evaluate.tune_choice import Budget
 from enchtable_vllm.evaluate.tune_journal import Sweep, Tuning
-from enchtable_vllm.evaluate.tune_page import verdict
+from enchtable_vllm.evaluate.tune_page import doubts, verdict
 from enchtable_vllm.fleet.credentials import Credentials
 from enchtable_vllm.fleet.exchange import How
 
@@ -194,7 +194,8 @@ def _print(tuning: Tuning) -> None:
     for column in ("", "unsafe", "utility", "over-refusal"):
         table.add_column(column)
     for step in sorted(tuning.steps, key=lambda step: step.beta or 0.0):
-        rates = (step.unsafe, step.utility, step.over_refusal)
-        table.add_row(step.name, *map(rate_words, rates))
+        unsafe, utility, refused = map(rate_words, (step.unsafe, step.utility, step.over_refusal))
+        doubtful = f"\n[dim]{words}[/]" if (words := doubts(step)) else ""
+        table.add_row(step.name, unsafe + doubtful, utility, refused)
     out.print(table)
     say(verdict(tuning))

@@ -38,7 +38,7 @@ class Difference(_Part):
         only_first: Pairs in which it happened to the first model alone.
         only_this: In which it happened to this model alone.
         difference: None without pairs.
-        low, high: Its 95% interval, by bootstrap over pairs.
+        low, high: Its 95% interval; see `paired_interval`.
         p: McNemar's, exact; not corrected for how many comparisons there are.
     """
 
@@ -52,8 +52,22 @@ class Difference(_Part):
     p: float
 
 
+class Doubts(_Part):
+    """What a model's rate of one kind leaves open.
+
+    Attributes:
+        unparseable: Verdicts that say nothing; of utility, answers, which count as wrong.
+        failed: Prompts without an answer.
+        worst: The rate if all of these were unsafe; None where that makes no sense.
+    """
+
+    unparseable: int
+    failed: int
+    worst: Rate | None
+
+
 class Row(_Part):
-    """One model."""
+    """One model; ``doubts`` has those kinds of which there are any."""
 
     label: str
     model: str
@@ -64,8 +78,7 @@ class Row(_Part):
     calibrated: str
     rates: dict[Kind, Rate]
     differences: dict[Kind, Difference]
-    unparseable: int
-    failed: int
+    doubts: dict[Kind, Doubts]
     garak: Rate | None
 
 
@@ -128,10 +141,17 @@ def _row(label: str, report: Report, first: Report | None) -> Row:
         calibrated=report.judge.calibrated,
         rates=rates,
         differences=differences,
-        unparseable=sum(result.unparseable for result in report.results),
-        failed=sum(result.failed for result in report.results),
+        doubts={kind: found for kind in rates if (found := _doubts(report, kind)) is not None},
         garak=report.dynamic.broke if report.dynamic else None,
     )
+
+
+def _doubts(report: Report, kind: Kind) -> Doubts | None:
+    unparseable = sum(result.unparseable for result in report.kind(kind))
+    failed = sum(result.failed for result in report.kind(kind))
+    if not unparseable and not failed:
+        return None
+    return Doubts(unparseable=unparseable, failed=failed, worst=report.worst(kind))
 
 
 def _difference(first: Sequence[Result], this: Sequence[Result], kind: Kind) -> Difference:

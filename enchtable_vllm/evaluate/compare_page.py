@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enchtable_vllm.evaluate.compare import KINDS, Comparison, Difference, Row
+from enchtable_vllm.evaluate.compare import KINDS, Comparison, Difference, Doubts, Row
 from enchtable_vllm.evaluate.report import Kind, Rate
 from enchtable_vllm.page import Html, cell, heading, page, paragraph, table
 
@@ -15,7 +15,7 @@ def compare_page(comparison: Comparison) -> str:
     lines: list[list[object]] = []
     for row in comparison.rows:
         line: list[object] = [cell(row.label, about(row))]
-        line += [_rate(row.rates.get(kind)) for kind in kinds]
+        line += [_rate(row.rates.get(kind), row.doubts.get(kind)) for kind in kinds]
         lines.append([*line, _rate(row.garak)] if garak else line)
     parts = [table(head, lines)]
     parts += [paragraph(warning, "warning") for warning in comparison.warnings]
@@ -32,8 +32,8 @@ def compare_page(comparison: Comparison) -> str:
     )
     parts.append(
         paragraph(
-            "Shares with Wilson's 95% interval. Differences with a bootstrap interval over pairs, "
-            "and McNemar's exact two-sided p, not corrected for the number of comparisons.",
+            "Shares with Wilson's 95% interval. Differences with Bonett and Price's for pairs, and "
+            "McNemar's exact two-sided p, not corrected for the number of comparisons.",
             "note",
         )
     )
@@ -48,9 +48,17 @@ def about(row: Row) -> str:
     if row.baseline is not None:
         words.append(row.baseline)
     words += [f"judge {row.judge}, {row.calibrated}"]
-    if row.unparseable or row.failed:
-        words.append(f"{row.unparseable} unparseable, {row.failed} failed")
     return "; ".join(words)
+
+
+def doubtful(doubts: Doubts | None) -> str:
+    """What a rate leaves open, in words; empty where that is nothing."""
+    if doubts is None:
+        return ""
+    words = f"{doubts.unparseable} unparseable, {doubts.failed} failed"
+    if doubts.worst is not None and doubts.worst.share is not None:
+        words += f", {doubts.worst.share:.1%} if all were unsafe"
+    return words
 
 
 def sign(difference: Difference, kind: Kind) -> str:
@@ -60,10 +68,11 @@ def sign(difference: Difference, kind: Kind) -> str:
     return "better" if (difference.difference < 0) == KINDS[kind][1] else "worse"
 
 
-def _rate(rate: Rate | None) -> Html:
+def _rate(rate: Rate | None, doubts: Doubts | None = None) -> Html:
     if rate is None or rate.share is None:
-        return cell("–")
-    return cell(f"{rate.share:.1%}", f"[{rate.low:.1%}, {rate.high:.1%}] {rate.count}/{rate.of}")
+        return cell("–", doubtful(doubts))
+    counts = f"[{rate.low:.1%}, {rate.high:.1%}] {rate.count}/{rate.of}"
+    return cell(f"{rate.share:.1%}", "; ".join(filter(None, (counts, doubtful(doubts)))))
 
 
 def _difference(found: Difference | None, kind: Kind) -> Html:

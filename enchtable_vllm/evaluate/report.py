@@ -277,6 +277,13 @@ class Report(_Part):
             return None
         return Rate.make(sum(rate.count for rate in rates), sum(rate.of for rate in rates))
 
+    def worst(self, kind: Kind) -> Rate | None:
+        """As `pooled`, if every unparseable verdict and every failed prompt were unsafe."""
+        rates = [result.worst for result in self.kind(kind) if result.worst is not None]
+        if not rates:
+            return None
+        return Rate.make(sum(rate.count for rate in rates), sum(rate.of for rate in rates))
+
     def to_json(self) -> str:
         """The file's text."""
         return self.model_dump_json(indent=1) + "\n"

@@ -1,14 +1,11 @@
-"""Intervals and significance: exact or closed-form, so that nothing but numpy is needed."""
+"""Intervals and significance: exact or closed-form, so that nothing else is needed."""
 
 from __future__ import annotations
 
 import math
 
-import numpy as np
-
 #: The 97.5% point of the normal distribution.
 _Z = 1.959963984540054
-_RESAMPLES = 10_000
 
 
 def wilson(count: int, of: int) -> tuple[float, float]:
@@ -54,25 +51,26 @@ def mcnemar(only_first: int, only_second: int) -> float:
     return min(1.0, float(2 * tail / 2**discordant))  # of integers of any size; rounded once
 
 
-def paired_interval(
-    only_first: int, only_second: int, pairs: int, *, seed: int = 0
-) -> tuple[float, float]:
-    """The 95% bootstrap interval of (second's share − first's share), over the same prompts.
+def paired_interval(only_first: int, only_second: int, pairs: int) -> tuple[float, float]:
+    """The 95% interval of (second's share − first's share), over the same prompts.
 
     Args:
         only_first: Prompts on which the first model alone did it.
         only_second: Prompts on which the second model alone did it.
         pairs: All prompts that both answered.
-        seed: Of the resampling.
 
     Returns:
-        Percentiles 2.5 and 97.5. Resampling pairs is resampling how many of them differ, and in
-        which direction: one multinomial draw each.
+        Its ends, in [-1, 1].
+
+    Source:
+        D. G. Bonett and R. M. Price, "Adjusted Wald confidence interval for a difference of
+        binomial proportions based on paired data", 2012: one is added to either kind of discordant
+        pair. A bootstrap sees no more than the discordant pairs that there are, of which there may
+        be none: its interval would be a point.
     """
     if pairs == 0:
         return -1.0, 1.0
-    same = pairs - only_first - only_second
-    shares = np.array([only_first, only_second, same]) / pairs
-    drawn = np.random.default_rng(seed).multinomial(pairs, shares, size=_RESAMPLES)
-    low, high = np.percentile((drawn[:, 1] - drawn[:, 0]) / pairs, [2.5, 97.5])
-    return float(low), float(high)
+    first, second = ((count + 1) / (pairs + 2) for count in (only_first, only_second))
+    difference = second - first
+    spread = _Z * math.sqrt((first + second - difference**2) / (pairs + 2))
+    return max(-1.0, difference - spread), min(1.0, difference + spread)

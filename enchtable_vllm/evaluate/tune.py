@@ -173,13 +173,19 @@ async def _verified(client: Client, vector: str, beta: float | None) -> Verified
 
 
 def _step(beta: float | None, folder: str, report: Report) -> Step:
-    unsafe, utility = report.pooled("safety"), report.pooled("utility")
+    unsafe, worst, utility = (
+        report.pooled("safety"),
+        report.worst("safety"),
+        report.pooled("utility"),
+    )
     assert unsafe is not None
+    assert worst is not None
     assert utility is not None
     return Step(
         beta=beta,
         folder=folder,
         unsafe=unsafe,
+        worst=worst,
         utility=utility,
         over_refusal=report.pooled("harmless"),
     )

@@ -23,6 +23,8 @@ class Step(BaseModel):
         beta: None: no vector at all, what the others are held against.
         folder: Of its report, in the tuning's own.
         unsafe: Over all safety sets of the validation split.
+        worst: The same, if every unparseable verdict and every failed prompt were unsafe. It is
+            what is chosen by: a β that leaves answers no judge can read must not win by it.
         utility: Over all utility sets.
         over_refusal: Over all harmless sets; None where there is none.
     """
@@ -32,8 +34,14 @@ class Step(BaseModel):
     beta: float | None
     folder: str
     unsafe: Rate
+    worst: Rate
     utility: Rate
     over_refusal: Rate | None = None
+
+    @property
+    def doubts(self) -> int:
+        """How many of the safety sets' prompts have no verdict."""
+        return self.worst.of - self.unsafe.of
 
     @property
     def name(self) -> str:
@@ -64,7 +72,7 @@ class Budget:
 
 
 def propose(steps: Sequence[Step], budget: Budget) -> Step | None:
-    """The step with the lowest unsafe rate within a budget; of equals the smallest β.
+    """The step with the lowest unsafe rate within a budget, doubts unsafe; of equals the smallest β.
 
     Returns:
         None: no step is within the budget, or none was judged.
@@ -75,7 +83,7 @@ def propose(steps: Sequence[Step], budget: Budget) -> Step | None:
         for step in steps
         if step.beta is not None and step.unsafe.share is not None and budget.allows(step, without)
     ]
-    return min(within, key=lambda step: (step.unsafe.share, step.beta), default=None)
+    return min(within, key=lambda step: (step.worst.share, step.beta), default=None)
 
 
 def next_beta(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enchtable_vllm.evaluate.report import Rate
+from enchtable_vllm.evaluate.tune_choice import Step
 from enchtable_vllm.evaluate.tune_journal import Tuning
 from enchtable_vllm.page import Html, cell, page, paragraph, table
 
@@ -15,7 +16,12 @@ def tune_page(tuning: Tuning, picture: Html) -> str:
         table(
             ("beta", "unsafe", "utility", "over-refusal"),
             [
-                (step.name, _rate(step.unsafe), _rate(step.utility), _rate(step.over_refusal))
+                (
+                    step.name,
+                    _rate(step.unsafe, doubts(step)),
+                    _rate(step.utility),
+                    _rate(step.over_refusal),
+                )
                 for step in steps
             ],
         )
@@ -41,7 +47,15 @@ def verdict(tuning: Tuning) -> str:
     return words
 
 
-def _rate(rate: Rate | None) -> Html:
+def doubts(step: Step) -> str:
+    """What a step's unsafe rate leaves open, in words; empty where that is nothing."""
+    if not step.doubts:
+        return ""
+    return f"{step.doubts} without a verdict, {step.worst.share:.1%} if all were unsafe"
+
+
+def _rate(rate: Rate | None, more: str = "") -> Html:
     if rate is None or rate.share is None:
-        return cell("–")
-    return cell(f"{rate.share:.1%}", f"[{rate.low:.1%}, {rate.high:.1%}] {rate.count}/{rate.of}")
+        return cell("–", more)
+    counts = f"[{rate.low:.1%}, {rate.high:.1%}] {rate.count}/{rate.of}"
+    return cell(f"{rate.share:.1%}", "; ".join(filter(None, (counts, more))))

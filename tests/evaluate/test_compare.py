@@ -87,6 +87,23 @@ def test_every_kind_counts_its_own_event():
     assert row.differences["harmless"].only_this == 1
 
 
+def test_what_a_rate_leaves_open_stands_beside_it():
+    first = made(result("safety", ["unsafe"] * 4))
+    second = made(
+        result("safety", ["unsafe", "unparseable", "failed", "safe"]),
+        result("utility", ["correct", "unparseable"]),
+    )
+    comparison = compare([("a", first), ("b", second)])
+    assert comparison.rows[0].doubts == {}
+    found = comparison.rows[1].doubts
+    assert (found["safety"].unparseable, found["safety"].failed) == (1, 1)
+    assert (found["safety"].worst.count, found["safety"].worst.of) == (3, 4)
+    assert (found["utility"].unparseable, found["utility"].worst) == (1, None)
+    page = compare_page(comparison)
+    assert "1/2; 1 unparseable, 1 failed, 75.0% if all were unsafe" in page
+    assert "1/2; 1 unparseable, 0 failed" in page
+
+
 def test_what_is_unlike_is_said():
     first = made(result("safety", ["safe"]))
     second = made(

@@ -1,5 +1,6 @@
 """Intervals and p-values against other ways to compute them."""
 
+import itertools
 import math
 from fractions import Fraction
 
@@ -47,15 +48,38 @@ def test_mcnemar_of_many_pairs_is_no_overflow():
     assert mcnemar(3000, 2000) < 1e-40
 
 
-def test_paired_interval_is_close_to_the_normal_one():
-    low, high = paired_interval(60, 20, 400)
-    difference = (20 - 60) / 400
-    spread = 1.96 * math.sqrt(((60 + 20) / 400 - difference**2) / 400)
-    assert low == pytest.approx(difference - spread, abs=0.006)
-    assert high == pytest.approx(difference + spread, abs=0.006)
-    assert paired_interval(60, 20, 400) == (low, high)  # the same seed, the same interval
+def test_paired_interval_of_many_is_the_normal_one():
+    low, high = paired_interval(600, 200, 4000)
+    difference = (200 - 600) / 4000
+    spread = 1.96 * math.sqrt(((600 + 200) / 4000 - difference**2) / 4000)
+    assert low == pytest.approx(difference - spread, abs=1e-4)
+    assert high == pytest.approx(difference + spread, abs=1e-4)
 
 
-def test_paired_interval_without_differences_is_a_point():
-    assert paired_interval(0, 0, 50) == (0.0, 0.0)
+def test_paired_interval_never_says_that_there_is_no_doubt():
+    low, high = paired_interval(0, 0, 50)
+    assert low == -high < -0.05
     assert paired_interval(0, 0, 0) == (-1.0, 1.0)
+    assert paired_interval(0, 4, 678)[0] < 0  # of which McNemar says p = 0.125
+
+
+@pytest.mark.parametrize("pairs", [30, 150])
+@pytest.mark.parametrize(("first", "second"), [(0.01, 0.01), (0.02, 0.1), (0.3, 0.1), (0.4, 0.5)])
+def test_paired_interval_covers_what_it_should(pairs, first, second):
+    """Over every outcome that there may be, with its probability: multinomial."""
+    covered = 0.0
+    for a in range(pairs + 1):
+        for b in range(pairs + 1 - a):
+            ways = math.comb(pairs, a) * math.comb(pairs - a, b)
+            chance = ways * first**a * second**b * (1 - first - second) ** (pairs - a - b)
+            low, high = paired_interval(a, b, pairs)
+            covered += chance * (low <= second - first <= high)
+    assert 0.94 <= covered <= 1.0
+
+
+def test_paired_interval_and_mcnemar_agree():
+    disagree = 0
+    for first, second in itertools.product(range(16), repeat=2):
+        low, high = paired_interval(first, second, 400)
+        disagree += (mcnemar(first, second) < 0.05) != (not low <= 0 <= high)
+    assert disagree <= 8  # of 256, at the edge of 5%

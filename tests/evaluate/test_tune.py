@@ -12,11 +12,13 @@ from eval_runs import TOKEN, command, inside, start, written
 from enchtable_vllm.evaluate.report import Rate, read_report
 from enchtable_vllm.evaluate.statistics import mcnemar
 from enchtable_vllm.evaluate.tune_choice import Budget, Step, next_beta, propose
+from enchtable_vllm.evaluate.tune_page import doubts
 
 
 def step(beta, unsafe, utility, over_refusal=None):
     return Step(
-        beta=beta, folder="f", unsafe=Rate.make(unsafe, 100), utility=Rate.make(utility, 100),
+        beta=beta, folder="f", unsafe=Rate.make(unsafe, 100), worst=Rate.make(unsafe, 100),
+        utility=Rate.make(utility, 100),
         over_refusal=None if over_refusal is None else Rate.make(over_refusal, 100),
     )  # fmt: skip
 
@@ -32,6 +34,12 @@ def test_the_lowest_unsafe_rate_within_the_budget_is_proposed():
     assert propose(STEPS, Budget(0.01, over_refusal=0.05)).beta == 1.0
     assert propose(STEPS, Budget(0.01, over_refusal=0.01)) is None
     assert propose([*STEPS, step(1.1, 8, 80)], Budget(0.01)).beta == 1.1  # of equals the smaller
+    silent = step(0.5, 0, 90).model_copy(
+        update={"unsafe": Rate.make(0, 1), "worst": Rate.make(99, 100)}
+    )
+    assert propose([*STEPS, silent], Budget(0.01)).beta == 1.2  # not what no judge can read
+    assert doubts(silent) == "99 without a verdict, 99.0% if all were unsafe"
+    assert doubts(STEPS[0]) == ""
     unjudged = step(0.5, 0, 90).model_copy(update={"unsafe": Rate.make(0, 0)})
     assert propose([STEPS[0], unjudged], Budget(0.01)) is None
 
