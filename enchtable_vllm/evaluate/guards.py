@@ -112,8 +112,8 @@ class Template:
         bounds = {"temperature": 0.0, "max_tokens": 32}
         if self.text is None:
             turns = [
-                {"role": "user", "content": prompt},
-                {"role": "assistant", "content": answer},
+                {"role": "user", "content": _tamed(prompt)},
+                {"role": "assistant", "content": _tamed(answer)},
             ]
             return Question("chat/completions", {"messages": turns, **bounds})
         before, between = self.text.split("{prompt}")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from anyio import CapacityLimiter
 from anyio.to_thread import run_sync
 
 from enchtable_vllm.errors import ConfigError
@@ -26,6 +28,8 @@ _MARK: dict[str, Callable[[Problem, str], Verdict]] = {
     "gsm8k": gsm8k.mark,
     "medmcqa": medmcqa.mark,
 }
+#: A program's time is the clock's: no more run at once than there are cores for.
+_MARKING = CapacityLimiter(os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
@@ -260,4 +264,4 @@ async def _refused(_: str, answer: str) -> Grade:
 
 
 async def _marked(mark: Callable[[Problem, str], Verdict], problem: Problem, answer: str) -> Grade:
-    return Grade(await run_sync(mark, problem, answer))
+    return Grade(await run_sync(mark, problem, answer, limiter=_MARKING))

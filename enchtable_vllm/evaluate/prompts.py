@@ -115,7 +115,7 @@ def _load(path: Path) -> tuple[Any, bytes]:
     try:
         data = read_bytes(path)
         if path.suffix == ".txt":
-            return [line for line in data.decode().splitlines() if line.strip()], data
+            return [line for line in data.decode("utf-8-sig").split("\n") if line.strip()], data
         if path.suffix == ".jsonl":
             return [value for _, value in parse_lines(data)], data
         return parse_json(data), data

@@ -94,8 +94,9 @@ class Judge(_Part):
 
     @property
     def calibrated(self) -> str:
-        """For people, beside every rate."""
-        return "not calibrated" if self.calibration is None else str(self.calibration)
+        """For people, beside every rate; a judge model's own verdicts are not calibrated here."""
+        found = "not calibrated" if self.calibration is None else str(self.calibration)
+        return found if self.name == "patterns" else f"refusal patterns: {found}"
 
 
 class Sample(_Part):

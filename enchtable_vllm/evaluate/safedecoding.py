@@ -96,7 +96,18 @@ class SafeDecoding:
 
 
 def mixed(ours: Mapping[str, float], theirs: Mapping[str, float]) -> str:
-    """The next token, from two models' first tokens with their log probabilities."""
+    """The next token, from two models' first tokens with their log probabilities.
+
+    Raises:
+        EvaluationError: A server gave none.
+    """
+    if not ours or not theirs:
+        raise EvaluationError(
+            "SafeDecoding",
+            expected="the first tokens' log probabilities, of the model and of its expert",
+            got="none",
+            fix="The server must give them: --max-logprobs of 20, vLLM's default, or more.",
+        )
     first = sorted(ours, key=lambda token: -ours[token])
     second = sorted(theirs, key=lambda token: -theirs[token])
     common: set[str] = set()

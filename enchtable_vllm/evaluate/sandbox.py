@@ -4,10 +4,12 @@ Every program gets a new process group and session, an empty environment (no key
 temporary folder as its working directory, limits on processor time, memory, file size, open
 files and further processes, and a time-out by the clock. Run by root it becomes ``nobody``.
 Where the kernel lets it, it also gets namespaces of its own: no network, no other process in
-sight, and its end ends whatever it started. Where not, `isolation` says so.
+sight, and its end ends whatever it started; and Landlock: of all files it reaches those of its
+folder, and to read, Python's own. Where not, `isolation` says so.
 
-This keeps mistakes from doing harm. It is no wall against a program that means it, which can
-still read what everybody on the machine can: for that, run the evaluation in a container.
+This keeps mistakes from doing harm. It is no wall against a program that means it: what it says of
+itself can be forged, it can fill the disk for as long as it runs, and where the kernel has no
+Landlock it can do to files whatever its user can. For that, run the evaluation in a container.
 """
 
 from __future__ import annotations
@@ -58,8 +60,9 @@ def run_program(source: str, limits: Limits | None = None) -> Outcome:
         limits: What it may use.
 
     Returns:
-        ``passed``: its last line was reached, which an early exit does not; ``timeout``: the
-        clock's; ``failed``: anything else, processor time and memory included.
+        ``passed``: its last line was reached, which an early exit does not (a program that looks
+        for how this is told could say so all the same); ``timeout``: the clock's; ``failed``:
+        anything else, processor time and memory included.
     """
     limits = limits or Limits()
     token = secrets.token_hex(16)
@@ -96,9 +99,12 @@ def run_program(source: str, limits: Limits | None = None) -> Outcome:
 def isolation() -> str:
     """In words, what stands around a program here, for the report."""
     options = _isolating()
+    words = ["its own files only"] if confined.landlock_version() else []
     if "--pid" in options:
-        return "namespaces of its own for network and processes"
-    return "no network" if "--net" in options else "limits only: this kernel refuses namespaces"
+        words.append("namespaces of its own for network and processes")
+    elif "--net" in options:
+        words.append("no network")
+    return ", ".join(words) or "limits only: this kernel refuses namespaces and Landlock"
 
 
 @cache

@@ -72,7 +72,7 @@ class Budget:
 
 
 def propose(steps: Sequence[Step], budget: Budget) -> Step | None:
-    """The step with the lowest unsafe rate within a budget, doubts unsafe; of equals the smallest β.
+    """The step with the lowest `worst` rate within a budget; of equals the smallest β.
 
     Returns:
         None: no step is within the budget, or none was judged.

@@ -2,6 +2,9 @@
 
 import os
 import socket
+import subprocess
+import sys
+import tempfile
 import textwrap
 import time
 from contextlib import suppress
@@ -9,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from enchtable_vllm.evaluate import confined
 from enchtable_vllm.evaluate.sandbox import Limits, isolation, run_program
 
 QUICK = Limits(seconds=6.0, cpu_seconds=4, memory_bytes=300 << 20, file_bytes=1 << 16)
@@ -96,10 +100,58 @@ def test_no_network_and_no_other_process_where_the_kernel_allows_it():
     assert ran(f"import os; assert not os.path.exists('/proc/{os.getpid()}/environ')") == "passed"
 
 
+def test_files_of_others_are_out_of_reach_where_the_kernel_allows_it():
+    """Of whoever runs the evaluation, too: whose keys lie in a home folder."""
+    if not confined.landlock_version():
+        pytest.skip("this kernel has no Landlock")
+    assert "its own files only" in isolation()
+    with tempfile.TemporaryDirectory() as name:  # one that everybody may enter, and write to
+        folder = Path(name)
+        folder.chmod(0o777)
+        theirs = folder / "theirs"
+        theirs.write_text("secret")
+        theirs.chmod(0o666)
+        for source in (
+            f"open({str(theirs)!r}).read()",
+            f"open({str(theirs)!r}, 'a')",
+            f"import os; os.remove({str(theirs)!r})",
+            f"open({str(folder / 'new')!r}, 'w')",
+            f"import os; os.listdir({name!r})",
+            "open('/dev/shm/enchtable-test', 'w')",
+            "open('/etc/passwd')",
+            "import os; os.symlink('/etc/passwd', 'link'); open('link')",
+        ):
+            assert ran(source) == "failed", source
+        assert theirs.read_text() == "secret"
+        assert [path.name for path in folder.iterdir()] == ["theirs"]
+    assert ran("import os; os.mkdir('a'); open('a/b', 'w'); os.rename('a/b', 'b')") == "passed"
+
+
+def test_who_keeps_to_a_folder_can_still_import(tmp_path):
+    """What the sandbox loads beforehand apart: a program may want any of Python's library."""
+    source = (
+        "import sys; from pathlib import Path; from runpy import run_path\n"
+        f"run_path({confined.__file__!r})['_keep_to'](Path.cwd())\n"
+        "import decimal, sqlite3, unittest, zoneinfo, xml.etree.ElementTree\n"
+        "Path('mine').write_text('x')\n"
+        "try: Path(sys.argv[1]).read_text(); print('read')\n"
+        "except PermissionError: print('kept')\n"
+    )
+    work, other = tmp_path / "work", tmp_path / "other"
+    work.mkdir()
+    other.write_text("x")
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", source, str(other)],
+        cwd=work, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout == ("kept\n" if confined.landlock_version() else "read\n")
+
+
 def test_isolation_by_limits_alone(monkeypatch):
     from enchtable_vllm.evaluate import sandbox
 
     monkeypatch.setattr(sandbox, "_isolating", lambda: ())
+    monkeypatch.setattr(sandbox.confined, "landlock_version", lambda: 0)  # of this process
     assert "limits only" in isolation()
     assert ran("assert True") == "passed"
     assert ran("import os; os.fork()") == "failed"

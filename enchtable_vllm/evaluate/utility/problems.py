@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -99,8 +100,8 @@ def read_problems(
             bad.append(f"{where}: no {error}")
         except (ValueError, TypeError, AttributeError) as error:
             bad.append(f"{where}: {error}")
-    names = [problem.id for problem in problems]
-    bad += [f"'{one}' is there twice" for one in sorted({n for n in names if names.count(n) > 1})]
+    names = Counter(problem.id for problem in problems)
+    bad += [f"'{one}' is there twice" for one in sorted(n for n in names if names[n] > 1)]
     if bad:
         raise _bad(name, path, summarize_faults(bad))
     if not problems:
