@@ -144,11 +144,40 @@ def test_every_rank_of_the_machine_counts():
 def test_a_container_may_have_less_than_its_machine(tmp_path):
     meminfo = tmp_path / "meminfo"
     meminfo.write_text("MemTotal:  1 kB\nMemAvailable:    4194304 kB\n")
-    assert free_bytes(meminfo, tmp_path / "none") == 4 * 2**30
+    own = tmp_path / "own"  # as /proc/self/cgroup
+    own.write_text("0::/\n")
+    assert free_bytes(meminfo, tmp_path / "none", own) == 4 * 2**30
     (tmp_path / "memory.max").write_text("max\n")
     (tmp_path / "memory.current").write_text(f"{2**30}\n")
     (tmp_path / "memory.stat").write_text(f"anon 1\ninactive_file {2**29}\n")
-    assert free_bytes(meminfo, tmp_path) == 4 * 2**30
+    assert free_bytes(meminfo, tmp_path, own) == 4 * 2**30
     (tmp_path / "memory.max").write_text(f"{2 * 2**30}\n")
-    assert free_bytes(meminfo, tmp_path) == 2**30 + 2**29
+    assert free_bytes(meminfo, tmp_path, own) == 2**30 + 2**29
     assert free_bytes() > 0
+
+
+def test_of_groups_within_groups_the_tightest_counts(tmp_path):
+    meminfo, own = tmp_path / "meminfo", tmp_path / "own"
+    meminfo.write_text("MemAvailable:    4194304 kB\n")
+    own.write_text("0::/kubepods/pod1/c1\n")
+    for folder, most in (("kubepods", 3), ("kubepods/pod1", 2), ("kubepods/pod1/c1", 5)):
+        group = tmp_path / folder
+        group.mkdir()
+        (group / "memory.max").write_text(f"{most * 2**30}\n")
+        (group / "memory.current").write_text(f"{2**30}\n")
+        (group / "memory.stat").write_text("inactive_file 0\n")
+    assert free_bytes(meminfo, tmp_path, own) == 2**30
+
+
+@pytest.mark.parametrize("inside", ["", "docker/abc"])
+def test_groups_of_version_one_count_too(tmp_path, inside):
+    """Within a container the group is the root of what is mounted there, whatever it is called."""
+    meminfo, own = tmp_path / "meminfo", tmp_path / "own"
+    meminfo.write_text("MemAvailable:    4194304 kB\n")
+    own.write_text("9:cpuset:/x\n4:memory:/docker/abc\n0::/docker/abc\n")
+    group = tmp_path / "memory" / inside
+    group.mkdir(parents=True)
+    (group / "memory.limit_in_bytes").write_text(f"{2 * 2**30}\n")
+    (group / "memory.usage_in_bytes").write_text(f"{2**30}\n")
+    (group / "memory.stat").write_text(f"inactive_file 1\ntotal_inactive_file {2**28}\n")
+    assert free_bytes(meminfo, tmp_path, own) == 2**30 + 2**28

@@ -8,6 +8,10 @@ vllm/plugins/endpoint_plugins/interface.py describes. Internals, each named wher
 * ``model_runner.get_model`` and ``reload_weights(weights_iterator=…)`` of the worker;
 * ``model_loader.reload.layerwise``: ``get_layerwise_info`` and ``_place_kernel_tensors``, to put
   back what a reload that failed half-way has taken apart;
+* a layer's ``cpu_linear`` and its ``quant_method.process_weights_after_loading``: the CPU build's
+  packed copy of a weight, which a reload does not make anew for a head tied to its embedding;
+* ``KVConnectorFactory.get_connector_class`` and the connectors' ``reset_cache``: whether a swap
+  could clear what is kept there;
 * ``engine_core.call_utility_all_async`` and ``_call_utility_async``, because ``collective_rpc``
   returns only the first engine's results;
 * ``renderer.clear_mm_cache_async`` and ``engine_core.pause_scheduler_async``: what
@@ -21,6 +25,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from typing import Any
@@ -28,6 +33,7 @@ from typing import Any
 import torch
 from vllm.distributed import parallel_state
 from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.v1.worker.worker_base import WorkerBase
 
 from enchtable_vllm.vector.scope import in_scope
@@ -42,13 +48,13 @@ __all__ = [
     "model_of",
     "not_given_back",
     "note_versions",
-    "quantization_of",
     "rank_of",
     "ranks_on_this_machine",
     "reload",
     "restore_after_failed_reload",
     "served_tensors",
     "task_model_of",
+    "why_not_swappable",
 ]
 
 #: How often a call looks whether the engine is still there.
@@ -90,40 +96,81 @@ def ranks_on_this_machine(worker: Any) -> int:
     return max(1, int(worker.vllm_config.parallel_config.local_world_size))
 
 
-def quantization_of(worker: Any) -> str | None:
-    """The method by which vLLM quantises this model while it loads, if it does."""
-    method = worker.vllm_config.model_config.quantization
-    return None if method is None else str(method)
-
-
 def task_model_of(worker: Any) -> tuple[str, str | None]:
     """What the task model is called, and its Hub revision."""
     config = worker.vllm_config.model_config
     return config.model, config.revision
 
 
-def not_given_back(model: torch.nn.Module, names: Sequence[str]) -> list[str]:
-    """The checkpoint's tensors that a reload would lose: experts, on the CPU.
+def why_not_swappable(worker: Any) -> str | None:
+    """What about a rank's engine keeps any vector from being exchanged; None: nothing."""
+    config = worker.vllm_config
+    if method := config.model_config.quantization:
+        return (
+            f"the model is quantised while it loads ({method}), and vLLM does not give such a "
+            "model its weights back when it reloads"
+        )
+    if connector := _connector_that_keeps(config.kv_transfer_config):
+        return (
+            f"KV connector {connector} keeps what was computed with other weights: vLLM cannot "
+            "clear it, and it would be used with the new ones"
+        )
+    parallel = config.parallel_config
+    alone = parallel.data_parallel_external_lb or parallel.data_parallel_hybrid_lb
+    if parallel.data_parallel_size > 1 and alone and config.model_config.is_moe:
+        return (
+            "its engines are those of several servers (external or hybrid load balancing of a "
+            "mixture of experts), which stop together, and this server reaches its own alone"
+        )
+    return None
 
-    VLLM 0.32 packs them there once, and a reload does not give them back. Checkpoints name and
-    stack experts in ways of their own, so where the served model has any, whatever is not
-    attention's counts as theirs.
+
+def _connector_that_keeps(config: Any) -> str | None:
+    """The KV connector that a reset of caches does not reach; vLLM takes that for a success."""
+    if config is None or config.kv_connector is None:
+        return None
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
+
+    try:
+        connector = KVConnectorFactory.get_connector_class(config)
+    except Exception:  # one that is not known here is not known to be cleared
+        return str(config.kv_connector)
+    resets = connector.reset_cache is not KVConnectorBase_V1.reset_cache
+    return None if resets else str(config.kv_connector)
+
+
+def not_given_back(worker: Any, names: Sequence[str]) -> tuple[list[str], str]:
+    """The checkpoint's tensors that a reload would lose or misplace, and why: experts.
+
+    Checkpoints name and stack experts in ways of their own, so where the served model has any,
+    whatever is not attention's counts as theirs.
     """
-    on_cpu = all(p.device.type == "cpu" for p in model.parameters())
-    if not on_cpu or not any("experts" in name.split(".") for name, _ in model.named_modules()):
-        return []
-    return [name for name in names if not in_scope(name, "attention")]
+    model = model_of(worker)
+    if worker.vllm_config.parallel_config.enable_eplb:
+        why = "experts, which vLLM moves between ranks (--enable-eplb) and reloads where they were"
+    elif all(p.device.type == "cpu" for p in model.parameters()):
+        why = "experts, which vLLM's CPU build packs and does not give back"
+    else:
+        return [], ""
+    if not any("experts" in name.split(".") for name, _ in model.named_modules()):
+        return [], ""
+    return [name for name in names if not in_scope(name, "attention")], why
 
 
 def served_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Every weight that a model computes with.
 
-    On the CPU vLLM packs linear layers and leaves their ``weight`` empty: an identity matrix sent
-    through the packed layer gives its weight back, exactly.
+    On the CPU vLLM packs linear layers and leaves their ``weight`` empty; of embeddings and heads
+    it keeps a packed copy beside it. An identity matrix sent through what is packed gives its
+    weight back, exactly.
     """
     for name, parameter in model.named_parameters():
         if parameter.numel():
             yield name, parameter
+    for name, module in _packed_beside(model):
+        identity = torch.eye(module.weight.shape[1], dtype=module.weight.dtype)
+        yield f"{name}.weight, packed", module.cpu_linear(identity, module.weight, None)
     for name, module in model.named_modules():
         if isinstance(module, LinearBase) and module.weight.numel() == 0:
             width = getattr(module, "input_size_per_partition", module.input_size)
@@ -156,7 +203,27 @@ def reload(worker: Any, tensors: Mapping[str, torch.Tensor]) -> set[str]:
 
     with _without_complaints():
         worker.reload_weights(weights_iterator=each())
+    if not all(in_scope(name, "attention+ffn") for name in tensors):
+        _pack_tied_anew(model_of(worker))
     return taken
+
+
+def _packed_beside(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    """Layers whose weight the CPU build keeps twice, as it is and packed: embeddings and heads."""
+    for name, module in model.named_modules():
+        if isinstance(module, VocabParallelEmbedding) and hasattr(module, "cpu_linear"):
+            yield name, module
+
+
+def _pack_tied_anew(model: torch.nn.Module) -> None:
+    """A head that has its embedding's weight has a packed copy of its own.
+
+    A reload knows the embedding's tensor alone, and packs that of the embedding anew.
+    """
+    owners: dict[int, int] = Counter(id(module.weight) for _, module in _packed_beside(model))
+    for _, module in _packed_beside(model):
+        if owners[id(module.weight)] > 1:
+            module.quant_method.process_weights_after_loading(module)
 
 
 def restore_after_failed_reload(model: torch.nn.Module) -> None:
@@ -321,8 +388,8 @@ def engines_of(client: Any) -> tuple[Engines | None, str]:
     return Engines(client), ""
 
 
-def note_versions(client: Any, note: Callable[[str], None]) -> None:
-    """Call ``note`` with the version that each answer has reached, in the task that asked."""
+def note_versions(client: Any, note: Callable[[str, str], None]) -> None:
+    """Call ``note`` with a completion and the version that it has reached, in the asking task."""
     generate = client.generate
 
     async def noting(*arguments: Any, **options: Any) -> AsyncIterator[Any]:
@@ -332,7 +399,7 @@ def note_versions(client: Any, note: Callable[[str], None]) -> None:
                 for completion in output.outputs:
                     spans = getattr(completion, "weight_versions", None)
                     if spans:
-                        note(spans[-1].version)
+                        note(f"{output.request_id} {completion.index}", spans[-1].version)
                 yield output
 
     client.generate = noting

@@ -83,6 +83,25 @@ class Active:
         return f"{self.name}:{short(blake3(parts.encode()).hexdigest())}"
 
 
+@dataclass(frozen=True)
+class Earlier:
+    """What was served, as far as going back to it needs: no plan, no effects of every matrix.
+
+    Attributes:
+        choice: What was asked for.
+        name, identity: As `Active`'s.
+    """
+
+    choice: Choice
+    name: str
+    identity: dict[str, Any]
+
+    @classmethod
+    def of(cls, active: Active) -> Earlier:
+        """Of what is still served."""
+        return cls(active.choice, active.name, active.identity)
+
+
 @dataclass
 class Room:
     """One model in one process.
@@ -103,7 +122,7 @@ class Room:
     task: OpenTask
     active: Active
     epoch: int = 0
-    before: deque[tuple[Active, dict[str, Any] | None]] = field(
+    before: deque[tuple[Earlier, dict[str, Any] | None]] = field(
         default_factory=lambda: deque(maxlen=_HISTORY)
     )
     swaps: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=_HISTORY))

@@ -154,7 +154,7 @@ def run(setting):
     if setting.get("tensor_parallel_size", 1) == 1:
         setting["distributed_executor_backend"] = "uni"
     try:
-        llm = LLM(**COMMON, **setting)
+        llm = LLM(**COMMON | setting)
     except Exception as error:
         if not refused:
             raise

@@ -4,11 +4,15 @@ Weights read back through vLLM's own packed layers on every rank, tokens and log
 plain vLLM on what ``enchtable merge`` writes. The ranks are told what the API server tells them.
 """
 
+import shutil
+
+import live
+import models
 import pytest
 from test_features import adapter
 from vllm_runs import ONE_PROCESS, changed, probe
 
-from enchtable_vllm.checkpoint import Location
+from enchtable_vllm.checkpoint import Checkpoint, Location, sampled_fingerprint
 from enchtable_vllm.merge import merge_checkpoint
 from enchtable_vllm.plan import read_plan, resolve_plan
 from enchtable_vllm.vector import SafetyVector
@@ -97,6 +101,31 @@ def test_compiled(one_rank):
     after_b, after_a = one_rank["compiled"]["swapped"]
     assert after_b == one_rank["sv-b compiled"]["first"]
     assert after_a == one_rank["sv-a compiled"]["first"] == one_rank["compiled"]["first"]
+
+
+@pytest.mark.supports("swapping a head that is tied to its embedding")
+def test_a_head_tied_to_its_embedding(tmp_path):
+    """The CPU build packs the one weight twice, and a reload knows of one of the two."""
+    aligned = models.tiny_llama(tmp_path / "aligned", tied=True)
+    family = models.make_family(aligned, tmp_path, scope="all")
+    root = live.Root(tmp_path / "root", family, sampled_fingerprint(Checkpoint(family.task)))
+    shutil.copytree(family.vector, root.path / "sv-a")
+    live.add_plan(root, "sv-a")
+    resolved = resolve_plan(*read_plan(root.plan("sv-a")))
+    assert "model.embed_tokens.weight" in resolved.coefficients
+    vector = SafetyVector.open(root.path / "sv-a")
+    merge_checkpoint(Location(family.task), vector, resolved, tmp_path / "merged")
+    # In fp32, which every CPU packs.
+    packed = {"enforce_eager": True, "dtype": "float32"}
+    settings = [
+        {"model": str(family.task), **packed},
+        {"model": str(tmp_path / "merged"), **packed},
+        ours(root, swaps=["@none", "sv-a"], **packed),
+    ]
+    (plain, merged, walked), _ = probe(settings, **ONE_PROCESS)
+    assert plain["first"]["logprobs"] != merged["first"]["logprobs"]
+    assert walked["first"] == merged["first"]
+    assert walked["swapped"] == [plain["first"], merged["first"]]
 
 
 @pytest.mark.supports("swapping under tensor parallelism")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,18 +15,50 @@ _GIB = 2**30
 #: Of what is free: the rest is for the page cache, which staging reads through, and for others.
 _SHARE = 0.5
 _CGROUP = Path("/sys/fs/cgroup")
+#: A control group's limit, what it uses, and the file pages among that which can be had back.
+_V2 = ("memory.max", "memory.current", "inactive_file")
+_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 
 
-def free_bytes(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = _CGROUP) -> int:
-    """Host memory that is free for this process: the machine's, or its container's if less."""
+def free_bytes(
+    meminfo: Path = Path("/proc/meminfo"),
+    cgroup: Path = _CGROUP,
+    own: Path = Path("/proc/self/cgroup"),
+) -> int:
+    """Host memory that is free for this process: the machine's, or its container's if less.
+
+    Args:
+        meminfo: What the machine has.
+        cgroup: Where control groups are, of either version.
+        own: Which of them this process is in; within a container it may be their root.
+    """
     lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
     free = int(lines["MemAvailable"].split()[0]) * 1024
-    with suppress(OSError, ValueError):  # no cgroup v2, or no limit ("max")
-        most = int((cgroup / "memory.max").read_text())
-        used = int((cgroup / "memory.current").read_text())
-        stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
-        free = min(free, most - used + int(stat.get("inactive_file", 0)))
+    for folder, names in _groups(cgroup, own):
+        with suppress(OSError, ValueError, LookupError):  # none, or no limit ("max")
+            free = min(free, _free_within(folder, *names))
     return max(free, 0)
+
+
+def _groups(cgroup: Path, own: Path) -> Iterator[tuple[Path, tuple[str, str, str]]]:
+    """The process's control groups and those around them, each of which may have a limit."""
+    yield cgroup, _V2
+    yield cgroup / "memory", _V1
+    with suppress(OSError):
+        for line in own.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers and "memory" not in controllers.split(","):
+                continue
+            top, names = (cgroup / "memory", _V1) if controllers else (cgroup, _V2)
+            inner = Path(path.lstrip("/"))
+            for part in (inner, *inner.parents):
+                yield top / part, names
+
+
+def _free_within(folder: Path, limit: str, usage: str, inactive: str) -> int:
+    most, used = (int((folder / name).read_text()) for name in (limit, usage))
+    stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    return most - used + int(stat.get(inactive, 0))
 
 
 def refuse_too_much(needed_bytes: int, ranks: int, staging_gib: float | None) -> None:

@@ -12,13 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from enchtable_vllm.errors import MismatchError, NotSwappableError
 from enchtable_vllm.serving import compat, compat_swap
 from enchtable_vllm.serving.choice import Choice, choose
 from enchtable_vllm.serving.prepare import MADE_AHEAD, OpenTask, Prepared, open_task, prepare
-from enchtable_vllm.serving.room import Active, Room, merge_identity, room_of
+from enchtable_vllm.serving.room import Active, Earlier, Room, merge_identity, room_of
 from enchtable_vllm.serving.swap.describe import describe_active, describe_error, describe_modules
 from enchtable_vllm.serving.swap.probe import served_digest
 from enchtable_vllm.serving.swap.staging import (
@@ -64,7 +62,7 @@ class _Swap:
     cancelled: threading.Event = field(default_factory=threading.Event)
     thread: threading.Thread | None = None
     wanted: Active | None = None
-    back_to: Active | None = None
+    back_to: Earlier | None = None
     staged: Staged | None = None
     error: dict[str, Any] | None = None
     touched: bool = False
@@ -88,6 +86,8 @@ class Rank:
         self._worker = worker
         self._room = room
         self._swap: _Swap | None = None
+        #: Of what is served: it takes a look at every matrix, while the engine waits.
+        self._described: tuple[Active, dict[str, Any], dict[str, Any]] | None = None
 
     def answer(self, command: str, arguments: dict[str, Any]) -> Answer:
         """Do what is asked."""
@@ -129,15 +129,16 @@ class Rank:
             "broken": room.broken,
             "swapping": swap is not None and swap.heard_of(),
             "staged_bytes": staged,
-            "not_swappable": self._not_swappable(),
+            "not_swappable": compat_swap.why_not_swappable(self._worker),
         }
         if detail:
             found["task_model"] = {
                 "id": compat_swap.task_model_of(self._worker)[0],
                 "fingerprint": room.task.fingerprint,
             }
-            found["active"] = describe_active(active)
-            found["modules"] = describe_modules(active)
+            if self._described is None or self._described[0] is not active:
+                self._described = active, describe_active(active), describe_modules(active)
+            _, found["active"], found["modules"] = self._described
             found["rolls_back_to"] = room.before[-1][0].name if room.before else None
             found["persisted_before"] = room.before[-1][1] if room.before else None
             found["swaps"] = list(room.swaps)
@@ -176,16 +177,15 @@ class Rank:
             beta: Another β than the plan's.
             engines: How many share this machine's memory.
         """
-        if reason := self._not_swappable():
+        if reason := compat_swap.why_not_swappable(self._worker):
             return _no("not_swappable", reason)
         if safety_vector is None:
             if not self._room.before:
                 return _no("nothing_to_roll_back", "nothing was swapped that could be undone")
             swap.back_to = self._room.before[-1][0]
-        model = compat_swap.model_of(self._worker)
         swap.thread = threading.Thread(
             target=self._stage,
-            args=(swap, model, safety_vector, beta, engines),
+            args=(swap, safety_vector, beta, engines),
             name="enchtable-stage",
             daemon=True,
         )
@@ -233,7 +233,7 @@ class Rank:
         if swap.back_to is not None:
             room.before.pop()
         else:
-            room.before.append((room.active, persisted_before))
+            room.before.append((Earlier.of(room.active), persisted_before))
         room.active = swap.wanted
         room.epoch += 1
         return {"ok": True, "epoch": room.epoch}
@@ -263,6 +263,9 @@ class Rank:
         """The swap is over: drop what was staged, release the lock, remember what is told of it."""
         if record is not None:
             self._room.swaps.appendleft({**record, "epoch": self._room.epoch})
+        # What was given up has been brought to its end: the weights of either side are whole.
+        if swap.given_up and not compat_swap.has_meta_tensors(compat_swap.model_of(self._worker)):
+            self._room.broken = None
         self._drop(swap)
         return {"ok": True, "epoch": self._room.epoch}
 
@@ -287,18 +290,9 @@ class Rank:
         self._room.broken = None
         return {"ok": True, "digest": side.digest}
 
-    def _not_swappable(self) -> str | None:
-        if method := compat_swap.quantization_of(self._worker):
-            return (
-                f"the model is quantised while it loads ({method}), and vLLM does not give such "
-                "a model its weights back when it reloads"
-            )
-        return None
-
     def _stage(
         self,
         swap: _Swap,
-        model: torch.nn.Module,
         safety_vector: str | None,
         beta: float | None,
         engines: int,
@@ -330,7 +324,7 @@ class Rank:
                 verify_content=self._room.start.verify == "content",
                 cancelled=swap.cancelled,
             )
-            self._refuse_packed(model, job.names())
+            self._refuse_lost(job.names())
             staged = job.run()
             self._refuse_another(active, Active(choice, staged.old.report))
             source = new.plan_source if new else MADE_AHEAD
@@ -359,17 +353,17 @@ class Rank:
     def _prepare(self, choice: Choice, task: OpenTask) -> Prepared | None:
         return None if choice.config is None else prepare(choice.config, task, device="cpu")
 
-    def _refuse_packed(self, model: torch.nn.Module, names: list[str]) -> None:
-        packed = compat_swap.not_given_back(model, names)
-        if packed:
+    def _refuse_lost(self, names: list[str]) -> None:
+        lost, why = compat_swap.not_given_back(self._worker, names)
+        if lost:
             raise NotSwappableError(
-                f"tensor '{packed[0]}'",
+                f"tensor '{lost[0]}'",
                 expected="weights that vLLM can reload; where there are experts, attention's",
-                got="experts, which vLLM's CPU build packs and does not give back",
-                fix="Use a vector of scope 'attention', a GPU, or a restart.",
+                got=why,
+                fix="Use a vector of scope 'attention', or a restart.",
             )
 
-    def _refuse_another(self, expected: Active, found: Active) -> None:
+    def _refuse_another(self, expected: Active | Earlier, found: Active) -> None:
         if expected.identity != found.identity:
             raise MismatchError(
                 f"safety vector '{expected.name}'",

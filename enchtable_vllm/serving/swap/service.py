@@ -32,6 +32,8 @@ _NOT_AS_THEY_SHOULD_BE = (
     "MismatchError",
     "SignatureError",
 )
+#: How long the vector root may take to say what is desired.
+_ROOT_SECONDS = 5.0
 #: How often the root's ``current.json`` and the other API servers' swaps are looked for.
 _WATCH_SECONDS = 5.0
 #: Of a vector in the list: what is null until it has been read.
@@ -106,7 +108,7 @@ class SwapService:
                 f"engine: expected an answer in {_ANSWER_SECONDS:g} s, got none",
                 "It is busy or stuck: ask again, and restart it if that lasts.",
             ) from error
-        status = self._combined(answers, paused)
+        status = self._combined(answers, paused, await self._desired())
         self._version = status["weight_version"]
         self._observer.serving(status)
         for engine in status["engines"]:
@@ -154,7 +156,7 @@ class SwapService:
         return {"engines": [[rank["digest"] for rank in engine] for engine in answers]}
 
     async def _change(self, request: SwapRequest | RollbackRequest) -> dict[str, Any]:
-        transaction = Transaction(self._engines, request, self._root())
+        transaction = Transaction(self._engines, request, await asyncio.to_thread(self._root))
         try:
             with span("enchtable.swap") as found:
                 try:
@@ -203,17 +205,21 @@ class SwapService:
             _log.warning("status after a swap: %s", error)
 
     async def _watch(self) -> None:
-        """See swaps of other API servers, and changes of ``current.json``."""
-        wanted: object = None
+        """See swaps of other API servers, changes of ``current.json``, and what ails the ranks.
+
+        An API server that started while another one swapped may have named the weights after
+        what they were before.
+        """
         while not self._engines.dead:
             await asyncio.sleep(_WATCH_SECONDS)
             try:
-                # Asked of the engine's scheduler, not of its workers: costs nothing there.
-                version = await self._engines.version()
-                desired = await asyncio.to_thread(self._desired)
-                if version != self._version or desired != wanted:
-                    wanted = desired
-                    await self.status()
+                await self.ready()  # metrics tell what it finds, or that nobody answers
+                async with asyncio.timeout(_ANSWER_SECONDS):
+                    version = await self._engines.version()
+                    if version != self._version and not self._running:
+                        status = await self.status()
+                        if status["state"] == "serving":
+                            await self._engines.set_version(status["weight_version"])
             except Exception as error:  # the engine may be on its way down
                 _log.debug("watching: %s", error)
 
@@ -223,7 +229,16 @@ class SwapService:
         except EnchTableError as error:
             raise SwapError.of(describe_error(error)) from error
 
-    def _desired(self) -> dict[str, Any] | None:
+    async def _desired(self) -> dict[str, Any] | None:
+        """What the root names; a root that does not answer keeps nobody waiting."""
+        try:
+            async with asyncio.timeout(_ROOT_SECONDS):
+                return await asyncio.to_thread(self._read_desired)
+        except TimeoutError:
+            _log.warning("vector root '%s' does not answer", self._root_path)
+            return None
+
+    def _read_desired(self) -> dict[str, Any] | None:
         if self._root_path is None:
             return None
         try:
@@ -238,7 +253,9 @@ class SwapService:
     async def _ask_status(self) -> list[list[dict[str, Any]]]:
         return await self._engines.call(WORKER_METHOD, "status", {"detail": True})
 
-    def _combined(self, answers: list[list[dict[str, Any]]], paused: bool) -> dict[str, Any]:
+    def _combined(
+        self, answers: list[list[dict[str, Any]]], paused: bool, desired: dict[str, Any] | None
+    ) -> dict[str, Any]:
         """One server's status of all ranks'; ``paused``: by something that is no swap."""
         ranks = [rank for engine in answers for rank in engine]
         for rank in ranks:
@@ -254,7 +271,6 @@ class SwapService:
             reason = f"{disagreeing} of {len(ranks)} ranks serve another vector"
         if paused and reason is None:
             reason = "generation is paused, and by no swap: whatever paused it must resume it"
-        desired = self._desired()
         active = first["active"]
         return {
             "state": "failed" if broken else "swapping" if swapping else "serving",

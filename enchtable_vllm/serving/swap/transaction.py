@@ -62,6 +62,8 @@ class Transaction:
         self._began = time.perf_counter()
         self._before: dict[str, Any] = {}
         self._persistence = Persistence(root, self._swap)
+        #: Between the first tensor that is exchanged and the word that all are.
+        self._half_way = False
         self.record = Record("", self._swap.safety_vector if self._swap else "")
 
     async def run(self) -> dict[str, Any]:
@@ -184,8 +186,10 @@ class Transaction:
         paused_at = await self._pause()
         try:
             self._enter("commit")
+            self._half_way = True
             committed = await self._call("commit")
             if all(map(_lost_lock, committed)):
+                self._half_way = False
                 raise _LockLost
             _check_put_in(committed, polled["new_digest"])
             self._enter("publish")
@@ -203,6 +207,7 @@ class Transaction:
             ) from error
         except Exception as failure:
             await self._undo(failure, polled["old_digest"], paused_at)
+        self._half_way = False
         await self._resume(paused_at)
         self.record.outcome, self.record.phase = str(result["outcome"]), "done"
         return result | {
@@ -286,6 +291,7 @@ class Transaction:
             _check_put_in(await self._call("restore"), old_digest)
             await self._engines.set_version(self._before["weight_version"])
             await asyncio.to_thread(self._persistence.undo)
+            self._half_way = False
         except Exception as error:
             await self._give_up(
                 f"a rank failed to commit ({failure}), and going back failed too ({error})",
@@ -318,8 +324,8 @@ class Transaction:
         raise SwapError("failed", reason, "Restart this server, or swap again.") from error
 
     async def _finish(self, answer: dict[str, Any] | None) -> None:
-        """Release the lock, whatever happened; a failure that stays keeps it."""
-        if self.record.outcome == "failed":
+        """Release the lock; after a failure that stays, or half-way, the next swap takes it."""
+        if self.record.outcome == "failed" or self._half_way:
             return
         try:
             for _ in range(_FINISH_TRIES):
