@@ -250,8 +250,12 @@ def test_a_journal_that_cannot_be_written_is_refused(tmp_path):
 
 def test_the_same_request_has_the_same_journal(tmp_path, monkeypatch):
     monkeypatch.setenv("ENCHTABLE_CACHE", str(tmp_path))
-    same = Request(targets=("http://a", "http://b"), safety_vector="sv-b")
+    same = Request(targets=("http://b", "http://a"), safety_vector="sv-b")
     assert REQUEST.state_file() == same.state_file()
+    with Journal(tmp_path / "s", REQUEST) as journal:
+        journal.set("http://a", RECORD)
+    with Journal(tmp_path / "s", same) as journal:
+        assert journal.changed() == ["http://a"]
     assert REQUEST.state_file().parent == tmp_path / "rollouts"
     others = [{"beta": 0.4}, {"safety_vector": "sv-c"}, {"targets": ("http://a",)}]
     files = {REQUEST.model_copy(update=other).state_file() for other in others}

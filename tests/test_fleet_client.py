@@ -1,11 +1,9 @@
 """One server over HTTP: what is sent to whom, and what becomes of each kind of answer."""
 
 import asyncio
-import ssl
-import subprocess
 
 import pytest
-from replies import CUT, OTHER, SERVED, Replies, fault, status, swapped
+from replies import CUT, OTHER, SERVED, Replies, certified, fault, status, swapped
 
 from enchtable_vllm.errors import ConfigError
 from enchtable_vllm.fleet import Client, Credentials, Secret, ServerRefused, Target, Unreachable
@@ -153,15 +151,7 @@ def test_no_answer_is_an_error_of_its_own_and_does_not_tell_the_token(replies):
 
 def test_a_certificate_is_checked_for_the_name_behind_an_address(replies, tmp_path):
     """As with dns+https://, where the URL has an address and the certificate a name."""
-    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2",
-         "-subj", "/CN=test", "-addext", "subjectAltName=DNS:vllm.models",
-         "-keyout", key, "-out", certificate],
-        check=True, capture_output=True,
-    )  # fmt: skip
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate, key)
+    certificate, context = certified(tmp_path, "DNS:vllm.models")
     replies.on("GET", STATUS, status())
 
     async def epoch(target):
@@ -339,6 +329,8 @@ def test_a_root_that_still_names_what_was_given_up_is_written(replies, desired, 
     replies.on("GET", STATUS, status(desired=desired, as_desired=as_desired))
     replies.on("POST", SWAP, swapped(SERVED, outcome="unchanged"))
     with replies.serve() as url:
-        ask(url, lambda client: persist_again(client, ("sv-b", 0.4), HOW))
+        for before in (None, BEFORE, BEFORE.model_copy(update={"beta_of_plan": True})):
+            ask(url, lambda client, b=before: persist_again(client, ("sv-b", 0.4), b, HOW))
     bodies = replies.bodies(SWAP)
-    assert [(body["safety_vector"], body["persist"]) for body in bodies] == [("sv-a", True)] * swaps
+    asked = [(body["safety_vector"], body.get("beta"), body["persist"]) for body in bodies]
+    assert asked == [("sv-a", 0.5, True), ("sv-a", 0.5, True), ("sv-a", None, True)][: 3 * swaps]

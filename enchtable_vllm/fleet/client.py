@@ -79,7 +79,7 @@ class Client:
         host = httpx.URL(target.url).host
         self._http = httpx.AsyncClient(
             base_url=target.url,
-            verify=_trust(ca_file),
+            verify=trust(ca_file),
             timeout=httpx.Timeout(_READ_SECONDS, connect=_CONNECT_SECONDS),
             headers={"Host": target.server_name} if target.server_name else None,
             follow_redirects=False,
@@ -262,7 +262,12 @@ def _advice(status: int) -> str:
     return "See the server's log."
 
 
-def _trust(ca_file: Path | None) -> ssl.SSLContext | bool:
+def trust(ca_file: Path | None) -> ssl.SSLContext | bool:
+    """For httpx: the certificates in a file, or the system's.
+
+    Raises:
+        ConfigError: They cannot be read.
+    """
     if ca_file is None:
         return True
     try:

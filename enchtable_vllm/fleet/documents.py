@@ -155,6 +155,8 @@ class Served(BaseModel):
     Attributes:
         epoch: The server's count of swaps when it was seen; not part of the comparison.
         weight_version: Its own name for the sum of it.
+        beta_of_plan: Whether its vector root names this vector and leaves β to each plan, so that
+            what is written there again must leave it too; not part of the comparison.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -165,11 +167,12 @@ class Served(BaseModel):
     beta: float | None
     weight_version: str
     epoch: int
+    beta_of_plan: bool = False
 
     @classmethod
     def of(cls, status: Status) -> Served:
         """What a status says."""
-        active = status.active
+        active, desired = status.active, status.desired
         return cls(
             safety_vector=active.safety_vector,
             vector_digest=active.vector_digest,
@@ -177,7 +180,13 @@ class Served(BaseModel):
             beta=active.beta,
             weight_version=status.weight_version,
             epoch=status.epoch,
+            beta_of_plan=bool(status.as_desired and desired and desired.beta is None),
         )
+
+    @property
+    def beta_to_ask(self) -> float | None:
+        """What to ask for to have this served, and named by the root, again."""
+        return None if self.beta_of_plan else self.beta
 
     def same(self, other: Served) -> bool:
         """Whether the weights are: the names of vectors are not looked at, their bytes are."""

@@ -188,7 +188,9 @@ async def bring_back(client: Client, before: Served, goal: Goal, how: How) -> Se
     )
 
 
-async def persist_again(client: Client, abandoned: tuple[str, float | None], how: How) -> None:
+async def persist_again(
+    client: Client, abandoned: tuple[str, float | None], before: Served | None, how: How
+) -> None:
     """Have a server's vector root name what it serves, where it still names what was given up.
 
     A rollback undoes what its swap wrote to the root's ``current.json``. Where servers share a
@@ -197,6 +199,7 @@ async def persist_again(client: Client, abandoned: tuple[str, float | None], how
     Args:
         client: The server; one that never was changed will do.
         abandoned: The vector and β that were rolled back.
+        before: What it served before the roll-out, where that is known: whether β was the plan's.
         how: Pausing, persisting, patience.
 
     Raises:
@@ -208,9 +211,10 @@ async def persist_again(client: Client, abandoned: tuple[str, float | None], how
     if status.as_desired is not False or desired is None:
         return
     if (desired.safety_vector, desired.beta) == abandoned:
+        again = before is not None and Served.of(status).same(before)
         await client.swap(
             active.safety_vector,
-            beta=active.beta,
+            beta=before.beta_to_ask if before is not None and again else active.beta,
             pause=how.pause,
             persist=True,
             expected_epoch=status.epoch,
@@ -228,7 +232,7 @@ async def _send_back(
         return
     await client.swap(
         before.safety_vector,
-        beta=before.beta,
+        beta=before.beta_to_ask,
         pause=how.pause,
         persist=how.persist,
         expected_epoch=epoch,

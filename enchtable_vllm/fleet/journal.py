@@ -38,9 +38,14 @@ class Request(BaseModel):
     safety_vector: str
     beta: float | None = None
 
+    @property
+    def in_one_order(self) -> Request:
+        """The same servers are the same, in whatever order they are named and changed."""
+        return self.model_copy(update={"targets": tuple(sorted(self.targets))})
+
     def state_file(self) -> Path:
         """Where its journal is, unless told otherwise."""
-        digest = blake3(self.model_dump_json().encode()).hexdigest()[:32]
+        digest = blake3(self.in_one_order.model_dump_json().encode()).hexdigest()[:32]
         return cache_folder() / "rollouts" / f"{digest}.json"
 
 
@@ -179,7 +184,7 @@ class Journal:
             found = _Content.model_validate_json(stored)
         except ValidationError as error:
             raise self._unusable("the journal of a roll-out", "something else") from error
-        if found.request != self._content.request:
+        if found.request.in_one_order != self._content.request.in_one_order:
             raise self._unusable("the journal of this roll-out", "that of another one")
         if found.outcome not in (Outcome.DONE, Outcome.ROLLED_BACK):
             self._content, self.resumed = found, bool(found.targets)

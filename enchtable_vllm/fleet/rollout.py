@@ -82,7 +82,7 @@ class Rollout:
         self._wish, self._pace, self._how = wish, pace, how
         self._check, self._journal, self._listener = check, journal, listener
         self._already: set[str] = set()
-        self._as_desired: dict[str, bool | None] = {}
+        self._verified: dict[str, Verified] = {}
         self._signal: int | None = None
         self._stop = asyncio.Event()
 
@@ -149,7 +149,7 @@ class Rollout:
             for refusal in refusals:
                 self._tell("refused", url=refusal.url, reason=refusal.reason)
             return Outcome.MIXED if self._journal.changed() else Outcome.REFUSED
-        self._as_desired = {url: one.status.as_desired for url, one in verified.items()}
+        self._verified = verified
         to_do = self._to_do(verified)
         earlier = len(self._journal.changed())
         if earlier:  # its check may be what an earlier run did not come to
@@ -261,6 +261,7 @@ class Rollout:
         """Bring back whatever is, or may be, changed: the newest first, and none left out."""
         with suppress(ConfigError):  # see _note
             self._journal.turn_back(reason)
+        await self._find_restarted()
         urls = self._journal.changed()[::-1]
         self._tell("rolling_back", reason=reason, urls=urls)
         glance = min(_GLANCE_SECONDS, self._how.patience_seconds)
@@ -271,6 +272,32 @@ class Rollout:
             for url in self._clients:
                 await self._persist_again(url)
         return Outcome.MIXED if self._journal.changed() else Outcome.ROLLED_BACK
+
+    async def _find_restarted(self) -> None:
+        """Servers that were not asked, and serve what is given up all the same.
+
+        One that restarts in the middle of a roll-out loads what a shared root names by then.
+        """
+        if not self._journal.changed():
+            return
+        for url, one in self._verified.items():
+            if url in self._journal.records or one.there_already:
+                continue
+            try:
+                status = await self._clients[url].status()
+            except EnchTableError:
+                continue  # it is told of at the end
+            if one.goal.met_by(Served.of(status)):
+                record = Record(
+                    state="swapped",
+                    before=one.served,
+                    as_desired=one.status.as_desired,
+                    goal=one.goal,
+                    weight_version=status.weight_version,
+                    server_name=self._clients[url].target.server_name,
+                )
+                self._note(url, record)
+                self._tell("warning", url=url, reason="restarted meanwhile, with what is given up")
 
     async def _restore(self, urls: Sequence[str], how: How) -> list[str]:
         """Bring these back, as far as they answer; those that do not are returned."""
@@ -294,13 +321,14 @@ class Rollout:
         return [url for url, did in zip(urls, answered, strict=True) if not did]
 
     async def _persist_again(self, url: str) -> None:
-        record = self._journal.records.get(url)
-        was = record.as_desired if record is not None else self._as_desired.get(url)
+        record, one = self._journal.records.get(url), self._verified.get(url)
+        before = record.before if record is not None else one.served if one is not None else None
+        was = record.as_desired if record is not None else one and one.status.as_desired
         if was is False or (record is not None and record.changed):
             return
         abandoned = (self._wish.safety_vector, self._wish.beta)
         try:
-            await persist_again(self._clients[url], abandoned, self._how)
+            await persist_again(self._clients[url], abandoned, before, self._how)
         except EnchTableError as error:
             reason = f"its vector root may still name '{abandoned[0]}', for restarts: {error}"
             self._tell("warning", url=url, reason=reason)

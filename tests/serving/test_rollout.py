@@ -238,6 +238,22 @@ def test_a_signal_rolls_back(fleet):
     assert fleet.names() == fleet.desired() == ["sv-a"] * 3
 
 
+def test_servers_that_restart_with_what_is_then_given_up_are_brought_back(fleet):
+    """The canary, without a history then; and one that was not asked yet, and shares its root."""
+    process = fleet.begin("--pause", "600s")
+    wait_for(process, "waiting")
+    for number in (0, 1):
+        fleet.kill(number)
+        fleet.restart(number)
+    assert fleet.names() == ["sv-b", "sv-b", "sv-a"]
+    process.send_signal(signal.SIGTERM)
+    code, events = ended(process)
+    assert (code, states(events)) == (143, ["restored", "restored", "untouched"]), events
+    assert fleet.names() == fleet.desired() == ["sv-a"] * 3
+    # Where β was left to each plan, it still is.
+    assert [VectorRoot(root.path).current().beta for root in fleet.roots] == [None] * 3
+
+
 def test_what_a_signal_left_is_continued_or_aborted(fleet):
     for again, codes, names in (([], 0, "sv-b"), (["--abort"], 3, "sv-a")):
         if fleet.names() != ["sv-a"] * 3:
