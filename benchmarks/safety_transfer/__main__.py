@@ -16,7 +16,7 @@ from enchtable_vllm.envs import cache_folder
 from enchtable_vllm.evaluate.report import REPORT_FILE, read_report
 
 from . import findings, material
-from .measuring import Asking, chosen, reaching
+from .measuring import BUDGET, SPLIT, Asking, chosen, reaching
 from .recipes import ABLATIONS, MAIN, Models, digest
 from .serving import Lazy, enchtable, merging
 from .steps import Steps
@@ -65,8 +65,9 @@ def main() -> None:
     tried = material.tried(
         packages, options.work.resolve() / "tried", models.problems, _PROBLEMS, _TUNED_PROBLEMS
     )
-    recipe = digest(models, MAIN, material.taught(packages, _FIRST_SEED, models), tried.read())
-    work = options.work.resolve() / digest(recipe, ABLATIONS)
+    taught = material.taught(packages, _FIRST_SEED, models)
+    recipe = digest(models, MAIN, taught, tried.read(), _BETAS, SPLIT, BUDGET)
+    work = options.work.resolve() / digest(recipe, ABLATIONS, _ABLATED_BETAS)
     steps = Steps(work)
     answers = _own_answers(shipped, work, packages, models, steps)
     for seed in seeds:

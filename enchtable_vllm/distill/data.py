@@ -6,8 +6,10 @@ A line is a JSON object with ``prompt`` and ``response``. Where rows also have `
 
 from __future__ import annotations
 
+import gzip
 import json
 import random
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,15 +82,18 @@ def read_pairs(path: Path, *, drop_duplicates: bool = False) -> PairFile:
     """Read and check a whole file; faults are collected, not raised (see `refuse_faults`).
 
     Args:
-        path: JSON lines, UTF-8.
+        path: JSON lines, UTF-8; packed, if it ends in ``.gz``.
         drop_duplicates: Leave a repeated row out and count it, instead of calling it a fault.
 
     Raises:
         TrainingDataError: The file cannot be read.
     """
     try:
-        content = path.read_bytes()
-    except OSError as error:
+        if not path.is_file():  # a FIFO would wait for a writer
+            raise FileNotFoundError("no such file" if not path.exists() else "no file, but another")
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            content: bytes = file.read()
+    except (OSError, EOFError, zlib.error) as error:
         raise TrainingDataError(
             f"training data '{path}'",
             expected="a file that can be read",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 from enchtable_vllm.errors import ConfigError, summarize_faults
@@ -32,7 +32,8 @@ class Recipe:
         weight_decay: AdamW's; zero, because decay is a change that no data asked for.
         eval_share: The share of the pairs that is held out.
         seed: Of the split, the order, and torch.
-        bf16: bf16 autocast; the weights themselves are fp32 always.
+        bf16: bf16 autocast; the weights themselves are fp32 always. Not in its words (repr): it
+            follows the machine, and what is named after a recipe is found again on another.
         gradient_checkpointing: Recompute activations instead of keeping them.
         attention: transformers' implementation of it.
         group_by_length: Put pairs of like length into one batch: less padding, another order.
@@ -56,7 +57,7 @@ class Recipe:
     weight_decay: float = 0.0
     eval_share: float = 0.05
     seed: int = 0
-    bf16: bool = True
+    bf16: bool = field(default=True, repr=False)
     gradient_checkpointing: bool = False
     attention: Attention = "sdpa"
     group_by_length: bool = False

@@ -11,6 +11,7 @@ from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
+from blake3 import blake3
 from transformers import TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
@@ -94,12 +95,12 @@ def distil(
         MismatchError: A task's models are not of the aligned model's kind.
     """
     recipe.check()
-    if recipe.linearize == "model" and parse_flag_from_env("ACCELERATE_USE_FSDP"):
+    if recipe.linearize != "none" and parse_flag_from_env("ACCELERATE_USE_FSDP"):
         raise ConfigError(
-            "--linearize model",
-            expected="whole weights in every process",
-            got="FSDP, which gathers those of one layer at a time",
-            fix="Launch without FSDP, or give --linearize module.",
+            f"--linearize {recipe.linearize}",
+            expected="whole fp32 weights in every process, to expand around",
+            got="FSDP, which keeps a part in each, and computes with what it rounds to bf16",
+            fix="Launch without FSDP, or give --linearize none.",
         )
     logging.disable_progress_bar()  # of loading and saving; training keeps its own
     checkpoint = Checkpoint(aligned.path, what="aligned model")
@@ -115,6 +116,7 @@ def distil(
     made: dict[str, Any] = {
         "settings": recipe.to_json(),
         "data": {**file.counts(), "training": len(training), "held_out": len(held_out)},
+        "tokenizer": _digest_beside_weights(aligned.path),
         "pairs_a_step": recipe.batch_size * recipe.gradient_accumulation * state.num_processes,
         "processes": state.num_processes,
         "device": state.device.type,
@@ -130,9 +132,9 @@ def distil(
                 kept = stack.enter_context(
                     FolderTransaction(keep_surrogate, overwrite=overwrite, inputs=[aligned.path])
                 )
-            stack.enter_context(_cleared(workspace))
-            fingerprint = sampled_fingerprint(checkpoint)
-            found = workspace.begin({**made, "aligned": fingerprint}, resume=resume)
+            stack.enter_context(_cleared(workspace, say))
+            inputs = {**made, "aligned": sampled_fingerprint(checkpoint)}
+            found = workspace.begin(inputs, resume=resume)
             if found:
                 say(f"resuming: {found}")
             if recipe.bf16 and state.device.type == "cpu" and not computes_bf16():
@@ -176,6 +178,17 @@ def distil(
     return report
 
 
+def _digest_beside_weights(folder: Path) -> str:
+    """Of what makes tokens of pairs, and of settings: another template trains another model."""
+    hasher = blake3()
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".json", ".jinja", ".model", ".txt") and ".index." not in path.name:
+            content = path.read_bytes()
+            hasher.update(f"{path.name} {len(content)} ".encode())
+            hasher.update(content)
+    return f"blake3:{hasher.hexdigest()}"
+
+
 def _train(
     aligned: Location,
     tokenizer: Any,
@@ -216,10 +229,16 @@ def _train(
 
 
 @contextmanager
-def _cleared(workspace: Workspace) -> Iterator[None]:
-    """A refusal leaves nothing to resume; an interruption does."""
+def _cleared(workspace: Workspace, say: Callable[[str], None]) -> Iterator[None]:
+    """A refusal leaves nothing to resume, but for one that comes when the training is done."""
     try:
         yield
     except EnchTableError:
-        workspace.remove()
+        if workspace.curve() is None:
+            workspace.remove()
+        else:
+            say(
+                f"the trained surrogate, a model made to be unsafe, is kept in '{workspace.path}': "
+                "the same command goes on from it; otherwise remove it"
+            )
         raise

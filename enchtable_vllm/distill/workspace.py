@@ -81,5 +81,18 @@ class Workspace:
         return [Step(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
 
     def remove(self) -> None:
-        """Everything of it."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        """Everything of it.
+
+        Raises:
+            ConfigError: Something is left: a model made to be unsafe must not stay unnoticed.
+        """
+        try:
+            if self.path.exists():
+                shutil.rmtree(self.path)
+        except OSError as error:
+            raise ConfigError(
+                f"'{self.path}'",
+                expected="a folder that can be removed: it holds a model made to be unsafe",
+                got=error,
+                fix="Remove it yourself.",
+            ) from error

@@ -1,6 +1,8 @@
 """Training data: every row is used, counted, or named as a fault with its line."""
 
+import gzip
 import json
+import os
 import pickle
 
 import pytest
@@ -82,6 +84,18 @@ def test_labels_must_be_there_throughout_and_be_truth_values(tmp_path, label, re
     read = read_pairs(file(tmp_path, {**GOOD, "is_safe": False}, {**GOOD, "prompt": "x", **label}))
     (fault,) = read.faults
     assert reason in fault.reason
+
+
+def test_a_packed_file_is_read_and_what_is_no_file_is_refused(tmp_path):
+    row = json.dumps({"prompt": "a", "response": "b"}) + "\n"
+    with gzip.open(tmp_path / "pairs.jsonl.gz", "wt") as file:
+        file.write(row)
+    assert len(read_pairs(tmp_path / "pairs.jsonl.gz").pairs) == 1
+    (tmp_path / "cut.gz").write_bytes((tmp_path / "pairs.jsonl.gz").read_bytes()[:-9])
+    os.mkfifo(tmp_path / "fifo")
+    for name in ("cut.gz", "fifo", "none"):
+        with pytest.raises(TrainingDataError, match="a file that can be read"):
+            read_pairs(tmp_path / name)
 
 
 def test_nothing_to_train_on_is_refused(tmp_path):

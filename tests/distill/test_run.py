@@ -16,6 +16,7 @@ from enchtable_vllm.distill.examples import Task
 from enchtable_vllm.distill.recipe import Recipe
 from enchtable_vllm.distill.run import distil
 from enchtable_vllm.distill.training import _ByLength
+from enchtable_vllm.distill.workspace import Workspace
 from enchtable_vllm.errors import (
     CheckpointError,
     ConfigError,
@@ -245,12 +246,53 @@ def test_a_folder_that_transformers_cannot_use_is_refused(aligned, pairs, tmp_pa
         assert not (tmp_path / "v").exists()
 
 
-def test_whole_model_expansions_are_refused_where_weights_are_sharded(
-    aligned, pairs, tmp_path, monkeypatch
+@pytest.mark.parametrize("linearize", ["module", "model"])
+def test_expansions_are_refused_where_weights_are_sharded(
+    aligned, pairs, tmp_path, monkeypatch, linearize
 ):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ConfigError, match="FSDP"):
-        run(aligned, pairs, tmp_path / "v", linearize="model")
+        run(aligned, pairs, tmp_path / "v", linearize=linearize)
+
+
+def test_what_is_refused_after_the_training_does_not_cost_it(aligned, pairs, tmp_path, monkeypatch):
+    lines, out = [], tmp_path / "v"
+
+    def unreadable(*_, **__):
+        raise CheckpointError("task model", expected="x", got="y", fix="z")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("enchtable_vllm.distill.run.diagnose", unreadable)
+        with pytest.raises(CheckpointError):
+            run(aligned, pairs, out, say=lines.append)
+    assert any("made to be unsafe, is kept in" in line for line in lines)
+    assert not out.exists()
+    run(aligned, pairs, out, say=lines.append, callbacks=(Interrupt(0),))  # nothing is trained
+    assert "resuming: the surrogate is trained" in lines
+    assert [path.name for path in tmp_path.iterdir()] == ["v"]
+
+
+def test_another_template_is_another_training(aligned, pairs, tmp_path):
+    folder, lines = tmp_path / "model", []
+    shutil.copytree(aligned, folder)
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, pairs, tmp_path / "v", callbacks=(Interrupt(5),))
+    (template,) = folder.glob("chat_template.jinja")
+    template.write_text("{# another #}" + template.read_text())
+    run(folder, pairs, tmp_path / "v", say=lines.append)
+    assert not any("resuming" in line for line in lines)
+
+
+def test_a_surrogate_that_cannot_be_removed_is_said(tmp_path, monkeypatch):
+    workspace = Workspace(tmp_path / "v")
+    workspace.path.mkdir()
+
+    def refuse(*_, **__):
+        raise PermissionError("not yours")
+
+    monkeypatch.setattr("enchtable_vllm.distill.workspace.shutil.rmtree", refuse)
+    with pytest.raises(ConfigError, match=r"made to be unsafe, got not yours\. Remove it"):
+        workspace.remove()
 
 
 def test_disentanglement_is_measured_with_a_fine_tune(aligned, pairs, tmp_path):
