@@ -30,6 +30,7 @@ class Answering:
         self.failures = []  # of the next chat requests: HTTP numbers
         self.broken = set()  # prompts that never get an answer
         self.plain = False  # a server that is not ours
+        self.remade = ""  # part of its vectors' digests
         self.tokens = None  # called with a body that asks for logprobs: [(token, share)]
         self.lock = threading.Lock()
 
@@ -73,7 +74,7 @@ class Answering:
         none = self.vector == "@none"
         return {
             "safety_vector": self.vector,
-            "vector_digest": None if none else f"blake3:{self.vector}",
+            "vector_digest": None if none else f"blake3:{self.vector}{self.remade}",
             "plan_digest": None if none else f"blake3:p{self.vector}",
             "beta": None if none else self.beta,
         }
@@ -129,7 +130,7 @@ class Answering:
         if ours and self.plain:
             return 404, {"detail": "Not Found"}
         vectors = [
-            {"name": name, "digest": f"blake3:{name}", "planned": True, "fault": None}
+            {"name": name, "digest": f"blake3:{name}{self.remade}", "planned": True, "fault": None}
             for name in ("sv-a", "sv-b")
         ]
         match method, path:
@@ -150,8 +151,8 @@ class Answering:
         return 404, {"detail": "Not Found"}
 
     @contextmanager
-    def serve(self, address=("127.0.0.1", 0)):
-        """Yields the URL."""
+    def serve(self, address=("127.0.0.1", 0), context=None):
+        """Yields the URL; https with a context."""
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -184,10 +185,13 @@ class Answering:
                 pass
 
         http = ThreadingHTTPServer(address, Handler)
+        if context is not None:
+            http.socket = context.wrap_socket(http.socket, server_side=True)
         thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()
         try:
-            yield f"http://{address[0]}:{http.server_address[1]}"
+            scheme = "http" if context is None else "https"
+            yield f"{scheme}://{address[0]}:{http.server_address[1]}"
         finally:
             http.shutdown()
             thread.join()

@@ -4,6 +4,8 @@ It knows no state and no rule; each route has a list of answers, the last of whi
 """
 
 import json
+import ssl
+import subprocess
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -118,6 +120,20 @@ class Replies:
             server.shutdown()
             thread.join()
             server.server_close()
+
+
+def certified(folder, name):
+    """A certificate of its own authority, for a name: (its file, a server's context)."""
+    certificate, key = folder / "cert.pem", folder / "key.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2",
+         "-subj", "/CN=test", "-addext", f"subjectAltName={name}",
+         "-keyout", key, "-out", certificate],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    return certificate, context
 
 
 def able(**said):

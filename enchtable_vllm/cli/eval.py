@@ -45,6 +45,10 @@ def eval(
     garak_probes: Annotated[
         str, typer.Option(help="Garak's probes, separated by commas.")
     ] = "dan,dra",
+    garak_config: Annotated[
+        Path | None,
+        typer.Option(help="Garak's settings, for probes that want an attacker's model."),
+    ] = None,
     judge: options.JudgeOption = "patterns",
     judge_url: options.JudgeUrlOption = None,
     judge_model: options.JudgeModelOption = None,
@@ -102,7 +106,7 @@ def eval(
     attacked = output / "garak" / "".join(c if c.isalnum() else "-" for c in garak_probes)
     evaluation = Evaluation(
         connect=lambda: access.connect([target], admin=False)[0],
-        server=Server(target.url, model or "", key, connections, retries),
+        server=Server(target.url, model or "", key, connections, retries, ca_file=ca_file),
         wanted=Wanted(
             safety=tuple(safety or ()),
             harmless=tuple(harmless or ()),
@@ -121,7 +125,16 @@ def eval(
         allow_failed=allow_failed,
         attack=None
         if jailbreak is None
-        else lambda name: attack(garak, garak_probes, target.url, name, key, attacked),
+        else lambda name: attack(
+            garak,
+            garak_probes,
+            target.url,
+            name,
+            key,
+            attacked,
+            config=garak_config,
+            ca_file=ca_file,
+        ),
     )
     with progress_bar("Evaluating") as progress:
         report = evaluate(evaluation, output, progress)

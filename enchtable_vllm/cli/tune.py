@@ -123,6 +123,7 @@ def tune(
             api_key.reveal() if api_key is not None else None,
             connections,
             retries,
+            ca_file=ca_file,
         ),
         wanted=Wanted(
             safety=tuple(safety),
@@ -137,6 +138,7 @@ def tune(
         ),
         judge=options.make_judge(judge, judge_url, judge_model, judge_template, labelled_refusals),
         allow_failed=allow_failed,
+        swapping=True,
     )
     bounds = _numbers(search_range, "--range")
     if search and (len(bounds) != 2 or bounds[0] >= bounds[1]):

@@ -25,13 +25,15 @@ from inspect_ai.model import GenerateConfig, ModelOutput, get_model
 from inspect_ai.scorer import Score, Scorer, Target, mean, scorer
 from inspect_ai.solver import Generate, Solver, TaskState, generate, solver, system_message
 from inspect_ai.util import concurrency
-from openai import AsyncOpenAI
+from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
 from enchtable_vllm.evaluate.baselines import Around
 from enchtable_vllm.evaluate.faults import EvaluationError
+from enchtable_vllm.evaluate.files import private_folder
 from enchtable_vllm.evaluate.jobs import Item, Job
 from enchtable_vllm.evaluate.report import Sample
 from enchtable_vllm.evaluate.safedecoding import SafeDecoding
+from enchtable_vllm.fleet.client import trust
 from enchtable_vllm.progress import Progress
 
 #: Answers that a kill may cost, as a share: a log is written whole each time.
@@ -50,6 +52,7 @@ class Server:
         connections: Requests at once.
         retries: Of one request, besides the client's own quick two; each waits longer.
         timeout_seconds: Of one request.
+        ca_file: Certificates to trust in place of the system's.
     """
 
     url: str
@@ -58,6 +61,11 @@ class Server:
     connections: int = 8
     retries: int = 4
     timeout_seconds: float = 600.0
+    ca_file: Path | None = None
+
+    def http(self) -> DefaultAsyncHttpxClient:
+        """For the OpenAI client."""
+        return DefaultAsyncHttpxClient(verify=trust(self.ca_file))
 
 
 @dataclass(frozen=True)
@@ -88,7 +96,7 @@ def ask(
     Args:
         server: Where.
         jobs: What; in logs of earlier runs of the same jobs, only what is missing is asked.
-        logs: A folder for inspect's own logs.
+        logs: A folder for inspect's own logs, which hold every answer: for its owner alone.
         seed: For the server's sampling, which greedy decoding does not use.
         around: What is put around every prompt.
         expert: The model whose first tokens are mixed in: see `safedecoding`.
@@ -101,6 +109,7 @@ def ask(
         EvaluationError: Inspect itself failed.
         KeyboardInterrupt: It was interrupted; what was answered is kept.
     """
+    private_folder(logs)
     total = sum(len(job.items) for job in jobs)
     count = 0
 
@@ -120,6 +129,7 @@ def ask(
         api_key=server.api_key or "none",
         memoize=False,
         client_timeout=server.timeout_seconds,
+        http_client=server.http(),
         config=GenerateConfig(
             temperature=0.0,
             seed=seed,
@@ -203,6 +213,7 @@ def _mixing(server: Server, expert: str | None, job: Job, seed: int) -> Solver:
         api_key=server.api_key or "none",
         max_retries=server.retries,
         timeout=server.timeout_seconds,
+        http_client=server.http(),
     )
     mixing = SafeDecoding(client, server.model, expert)
     return _mix(mixing, job.max_tokens, seed, server.connections)

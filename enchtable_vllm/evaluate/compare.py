@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from enchtable_vllm.evaluate.faults import ReportError
-from enchtable_vllm.evaluate.report import Kind, Rate, Report, Result, Sample
+from enchtable_vllm.evaluate.report import Dynamic, Kind, Rate, Report, Result, Sample
 from enchtable_vllm.evaluate.statistics import mcnemar, paired_interval
 
 #: What is compared, in order; the event that is counted; whether less of it is better.
@@ -192,6 +192,10 @@ def _event(sample: Sample, kind: Kind) -> bool | None:
     return None if sample.verdict == "unparseable" else sample.verdict == "unsafe"
 
 
+def _attacks(dynamic: Dynamic) -> tuple[str, frozenset[tuple[str, str]]]:
+    return dynamic.version, frozenset((one.probe, one.detector) for one in dynamic.probes)
+
+
 def _unfair(first: Report, other: Report) -> list[str]:
     """What differs besides the model."""
     found = []
@@ -201,6 +205,8 @@ def _unfair(first: Report, other: Report) -> list[str]:
     for name in _SETTINGS:
         if getattr(other.settings, name) != getattr(first.settings, name):
             found.append(f"another {name} than the first report's")
+    if other.dynamic and first.dynamic and _attacks(other.dynamic) != _attacks(first.dynamic):
+        found.append("other attacks, or another garak, than the first report's")
     for kind, (what, _) in KINDS.items():
         sets = {result.digest for result in other.kind(kind)}
         if sets != {result.digest for result in first.kind(kind)}:

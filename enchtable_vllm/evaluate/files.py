@@ -93,6 +93,12 @@ def write_whole(path: Path, text: str) -> None:
         ) from error
 
 
+def private_folder(folder: Path) -> None:
+    """Make a folder for its owner alone: for answers that nobody else should read."""
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o700)
+
+
 @contextmanager
 def only_writer(output: Path, doing: str) -> Iterator[None]:
     """Make a folder, and keep other processes from writing to it meanwhile.

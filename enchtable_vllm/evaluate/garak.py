@@ -12,7 +12,7 @@ import json
 import os
 import signal
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 from enchtable_vllm.envs import without_admin_token
 from enchtable_vllm.errors import ConfigError
 from enchtable_vllm.evaluate.faults import EvaluationError, ReportError
-from enchtable_vllm.evaluate.files import parse_lines, read_bytes
+from enchtable_vllm.evaluate.files import parse_lines, private_folder, read_bytes
 from enchtable_vllm.evaluate.report import Dynamic, Probe, Rate
 
 _PREFIX = "run"
@@ -28,7 +28,15 @@ _LOG_LINES = 15
 
 
 def attack(
-    program: Path, probes: str, url: str, model: str, api_key: str | None, folder: Path
+    program: Path,
+    probes: str,
+    url: str,
+    model: str,
+    api_key: str | None,
+    folder: Path,
+    *,
+    config: Path | None = None,
+    ca_file: Path | None = None,
 ) -> Dynamic:
     """Run garak against a server, unless a complete report is there already.
 
@@ -38,17 +46,27 @@ def attack(
         url: The server's, without ``/v1``.
         model: The model's name there.
         api_key: The server's.
-        folder: For garak's report and its output.
+        folder: For garak's report and its output, which hold what the attacks got out of the model:
+            for its owner alone.
+        config: Garak's own, for what its probes want besides: an attacker's model, say.
+        ca_file: Certificates to trust in place of the system's.
 
     Raises:
-        ConfigError: There is no such program.
+        ConfigError: There is no such program, or no such config.
         EvaluationError: It ended with an error, or without a complete report.
         ReportError: Its report is damaged.
     """
     report = folder.absolute() / f"{_PREFIX}.report.jsonl"
     if report.is_file() and (found := read_garak(report)).complete:
         return found
-    folder.mkdir(parents=True, exist_ok=True)
+    if config is not None and not config.is_file():
+        raise ConfigError(
+            f"--garak-config '{config}'",
+            expected="a file of garak's settings, YAML or JSON",
+            got="no such file",
+            fix="See garak's documentation, and docs/evaluate.md for one with an attacker.",
+        )
+    private_folder(folder)
     log = folder / "garak.log"
     names = [name.strip() for name in probes.split(",") if name.strip()]
     # Greedy and to the end of the answer: garak's own defaults stop at the first '#' or ';'.
@@ -61,8 +79,11 @@ def attack(
         "--spec", ",".join(f"probes.{name}" for name in names),
         "--generations", "1",
         "--report_prefix", str(report).removesuffix(".report.jsonl"),
+        *(("--config", str(config.absolute())) if config is not None else ()),
     ]  # fmt: skip
     key = {"OPENAICOMPATIBLE_API_KEY": api_key or "none"}  # in no command line
+    if ca_file is not None:
+        key["SSL_CERT_FILE"] = str(ca_file.absolute())
     try:
         with log.open("wb") as output:
             process = subprocess.Popen(
@@ -131,11 +152,18 @@ def read_garak(path: Path) -> Dynamic:
         complete=complete,
         attempts=attempts,
         unjudged=unjudged,
-        broke=Rate.make(
-            sum(probe.broke.count for probe in probes), sum(probe.broke.of for probe in probes)
-        ),
+        broke=_over_all(probes),
         probes=tuple(probes),
     )
+
+
+def _over_all(probes: Sequence[Probe]) -> Rate:
+    """Each probe once, by the detector that calls most of its answers a success."""
+    worst: dict[str, Rate] = {}
+    for one in probes:
+        if one.probe not in worst or (one.broke.share or 0.0) > (worst[one.probe].share or 0.0):
+            worst[one.probe] = one.broke
+    return Rate.make(sum(r.count for r in worst.values()), sum(r.of for r in worst.values()))
 
 
 def _probe(entry: Mapping[str, Any]) -> tuple[Probe, int]:

@@ -210,7 +210,7 @@ class Dynamic(_Part):
         complete: Whether its report says that it came to its end.
         attempts: Prompts with answers.
         unjudged: Answers that a detector gave no score.
-        broke: Over all probes and detectors.
+        broke: Over all probes, each by the detector that calls most of its answers a success.
     """
 
     version: str

@@ -2,7 +2,8 @@
 
 The output folder says in ``request.json`` what it is the evaluation of. The same command goes on
 where it stopped; another one is refused, and so is going on against a server that has come to
-serve something else: an average over two models would be a measurement of neither.
+serve something else, or did meanwhile, or, where it does not say what it serves, is another: an
+average over two models would be a measurement of neither.
 """
 
 from __future__ import annotations
@@ -59,6 +60,10 @@ class _Request(BaseModel):
     format_version: Literal[1] = 1
     model: str
     served: ServedNow | None
+    #: The server's count of swaps; None where it does not count, or where we are who swaps.
+    epoch: int | None
+    #: The server, where it does not say what it serves.
+    url: str | None
     judge: report.Judge
     settings: Settings
     sets: tuple[_Set, ...]
@@ -78,6 +83,8 @@ class Evaluation:
         expert: The model whose first tokens are mixed in.
         allow_failed: So many prompts may stay without an answer.
         attack: Called with the model's name, to attack the server by other means.
+        swapping: The caller swaps between an interruption and going on, so that the server's count
+            of swaps is no sign of somebody else's.
     """
 
     connect: Callable[[], Client]
@@ -88,6 +95,7 @@ class Evaluation:
     expert: str | None = None
     allow_failed: int = 0
     attack: Callable[[str], Dynamic] | None = None
+    swapping: bool = False
 
 
 def evaluate(evaluation: Evaluation, output: Path, progress: Progress) -> Report:
@@ -119,14 +127,15 @@ def what_is_asked(evaluation: Evaluation) -> str:
         ConfigError, PromptSetError: There is something wrong with it.
     """
     jobs = make_jobs(evaluation.wanted, evaluation.judge)
-    return digest_of(_request(evaluation, jobs, "", None).model_dump_json().encode())
+    request = _request(evaluation, jobs, "", None, None).model_copy(update={"url": None})
+    return digest_of(request.model_dump_json().encode())
 
 
 def _evaluate(evaluation: Evaluation, output: Path, progress: Progress) -> Report:
     wanted = evaluation.wanted
     jobs = make_jobs(wanted, evaluation.judge)  # before the first word to a server
     model, served, epoch = asyncio.run(_look(evaluation))
-    request = _request(evaluation, jobs, model, served)
+    request = _request(evaluation, jobs, model, served, epoch)
     _take_over(output / REQUEST_FILE, request)
     around = BASELINES[evaluation.baseline] if evaluation.baseline else None
     answers = ask(
@@ -197,12 +206,18 @@ async def _look(evaluation: Evaluation) -> tuple[str, ServedNow | None, int | No
 
 
 def _request(
-    evaluation: Evaluation, jobs: list[Job], model: str, served: ServedNow | None
+    evaluation: Evaluation,
+    jobs: list[Job],
+    model: str,
+    served: ServedNow | None,
+    epoch: int | None,
 ) -> _Request:
     wanted, sampling = evaluation.wanted, evaluation.wanted.sampling
     return _Request(
         model=model,
         served=served,
+        epoch=None if evaluation.swapping else epoch,
+        url=evaluation.server.url if served is None else None,
         judge=evaluation.judge.record(),
         settings=Settings(
             max_tokens=wanted.max_tokens,

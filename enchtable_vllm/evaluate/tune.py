@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,9 +89,10 @@ def tune(wanted: Tune, output: Path) -> Tuning:
 
 def _begin(wanted: Tune, output: Path) -> Tuning:
     served = asyncio.run(_status(wanted))
-    tuning = read_tuning(output, wanted.sweep)
+    weights = asyncio.run(_check(wanted))
+    tuning = read_tuning(output, wanted.sweep, weights)
     if tuning is None:
-        tuning = Tuning(sweep=wanted.sweep, before=served)
+        tuning = Tuning(sweep=wanted.sweep, before=served, weights=weights)
     elif tuning.restored:
         tuning.before = served
     elif not served.same(tuning.before) and served.safety_vector not in (
@@ -104,7 +105,6 @@ def _begin(wanted: Tune, output: Path) -> Tuning:
             got=f"{served}",
             fix="Somebody else changed it: agree, then sweep with another output.",
         )
-    asyncio.run(_check(wanted))
     tuning.utility_budget = wanted.budget.utility
     tuning.over_refusal_budget = wanted.budget.over_refusal
     write_tuning(output, tuning)
@@ -146,10 +146,11 @@ async def _status(wanted: Tune) -> Served:
         return Served.of(await settled(client, wanted.how))
 
 
-async def _check(wanted: Tune) -> None:
-    """Before the first swap: whether the server can serve the vector at all."""
+async def _check(wanted: Tune) -> tuple[str, str | None]:
+    """Before the first swap: whether the server can serve the vector at all; and which it is."""
     async with wanted.connect() as client:
-        await _verified(client, wanted.sweep.safety_vector, None)
+        one = await _verified(client, wanted.sweep.safety_vector, None)
+    return one.status.task_model.fingerprint, one.goal.vector_digest
 
 
 async def _swap(wanted: Tune, vector: str, beta: float | None) -> None:
@@ -192,11 +193,20 @@ def _step(beta: float | None, folder: str, report: Report) -> Step:
 
 
 def _conclude(wanted: Tune, tuning: Tuning, output: Path) -> None:
-    best = propose(tuning.steps, wanted.budget)
+    best = propose(_wanted(wanted.sweep, tuning.steps), wanted.budget)
     tuning.proposed = best.beta if best is not None else None
     tuning.alike = [] if best is None else _alike(wanted, tuning, best, output)
     write_tuning(output, tuning)
     write_whole(output / PAGE_FILE, tune_page(tuning, svg(tuning.steps, tuning.proposed)))
+
+
+def _wanted(sweep: Sweep, steps: Sequence[Step]) -> list[Step]:
+    """Those that this sweep asks for: an earlier run of it may have measured others."""
+    if sweep.search is None:
+        return [step for step in steps if step.beta is None or step.beta in sweep.betas]
+    low, high, _ = sweep.search
+    # What was rounded to three digits may lie beyond its own bound.
+    return [step for step in steps if step.beta is None or low * 0.99 <= step.beta <= high * 1.01]
 
 
 def _alike(wanted: Tune, tuning: Tuning, best: Step, output: Path) -> list[float]:
@@ -204,7 +214,7 @@ def _alike(wanted: Tune, tuning: Tuning, best: Step, output: Path) -> list[float
     without = next(step for step in tuning.steps if step.beta is None)
     first = (best.folder, read_report(output / best.folder))
     found = []
-    for step in tuning.steps:
+    for step in _wanted(wanted.sweep, tuning.steps):
         if step.beta in (None, best.beta) or not wanted.budget.allows(step, without):
             continue
         other = (step.folder, read_report(output / step.folder))

@@ -41,6 +41,8 @@ class Tuning(BaseModel):
 
     Attributes:
         before: What the server served before the first swap of the first run.
+        weights: What is swept, beyond its name: digests of the task model and of the vector, as far
+            as the server tells.
         restored: Whether it serves that again, as far as is known.
         proposed: The β with the lowest unsafe rate within the budget; None: there is none yet.
         alike: Other β within the budget whose unsafe rate the sample cannot tell from it.
@@ -51,6 +53,7 @@ class Tuning(BaseModel):
     format_version: Literal[1] = 1
     sweep: Sweep
     before: Served
+    weights: tuple[str, str | None]
     steps: list[Step] = []
     restored: bool = True
     utility_budget: float | None = None
@@ -59,8 +62,8 @@ class Tuning(BaseModel):
     alike: list[float] = []
 
 
-def read_tuning(folder: Path, sweep: Sweep) -> Tuning | None:
-    """What an earlier run of the same sweep left; None: nothing.
+def read_tuning(folder: Path, sweep: Sweep, weights: tuple[str, str | None]) -> Tuning | None:
+    """What an earlier run of the same sweep, of the same weights, left; None: nothing.
 
     Raises:
         ConfigError: The folder is another sweep's, or its file is damaged.
@@ -75,6 +78,8 @@ def read_tuning(folder: Path, sweep: Sweep) -> Tuning | None:
     # More β, or a longer search, go on with what was measured.
     differs = [words for name, words in _FIXED.items() if
                getattr(found.sweep, name) != getattr(sweep, name)]  # fmt: skip
+    if found.weights != weights:
+        differs.append("task model or vector under the same name")
     if differs:
         raise _refused(folder, f"one with another {', '.join(differs)}")
     found.sweep = sweep

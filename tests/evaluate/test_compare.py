@@ -12,7 +12,17 @@ from enchtable_vllm.cli.compare import _names
 from enchtable_vllm.evaluate.compare import compare
 from enchtable_vllm.evaluate.compare_page import compare_page
 from enchtable_vllm.evaluate.faults import ReportError
-from enchtable_vllm.evaluate.report import Judge, Report, Result, Sample, ServedNow, Settings
+from enchtable_vllm.evaluate.report import (
+    Dynamic,
+    Judge,
+    Probe,
+    Rate,
+    Report,
+    Result,
+    Sample,
+    ServedNow,
+    Settings,
+)
 from enchtable_vllm.evaluate.report_page import report_page
 
 SETTINGS = Settings(
@@ -114,6 +124,18 @@ def test_what_is_unlike_is_said():
     warnings = compare([("a", first), ("b", second)]).warnings
     for words in ("another judge", "another max_tokens", "other sets"):
         assert any(words in warning for warning in warnings)
+    attacked = [
+        Dynamic(
+            version=version, complete=True, attempts=1, unjudged=0, broke=Rate.make(0, 1),
+            probes=(Probe(probe="dra.DRA", detector="d", broke=Rate.make(0, 1)),),
+        )
+        for version in ("0.17.1", "0.18")
+    ]  # fmt: skip
+    one, other = (first.model_copy(update={"dynamic": dynamic}) for dynamic in attacked)
+    assert compare([("a", one), ("b", one)]).warnings == ()
+    assert compare([("a", one), ("b", other)]).warnings == (
+        "b: other attacks, or another garak, than the first report's",
+    )
     for labels in (["a"], ["a", "a"]):
         with pytest.raises(ReportError):
             compare([(label, first) for label in labels])

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import stat
 import threading
 import time
 
@@ -9,6 +10,7 @@ import pytest
 from answering import ANSWER, MODEL, REFUSAL, Answering
 from eval_runs import command, inside, start, written
 from inspect_ai.log import list_eval_logs, read_eval_log
+from replies import certified
 
 from enchtable_vllm.evaluate.report import read_report
 
@@ -113,8 +115,12 @@ def test_what_got_no_answer_is_said_and_asked_again(sets, tmp_path):
         assert "1 without" in error
         assert "500" in error
         assert not (output / "report.json").exists()
-        first = len(server.asked)
         server.broken = set()
+        server.epoch += 2  # swapped, and back: some answers may be another model's
+        code, error = inside(*asked)
+        assert code == 1
+        assert "another epoch" in error
+        server.epoch -= 2
         first = len(server.asked)
         out, _ = command(*asked)
         assert server.asked[first:] == [BAD[7]]  # the others were kept
@@ -147,19 +153,19 @@ def test_an_interrupted_run_goes_on_where_it_stopped(sets, tmp_path, how):
     def slow(prompt, _):
         if len(server.asked) > 15:
             reached.set()
-            go_on.wait(10)
+            go_on.wait(60)
         return rule(prompt, server)
 
     server.rule = slow
     with server.serve() as url:
         asked = ["eval", "--url", url, *options(sets, output), "--connections", "2"]
         with start(*asked) as process:
-            assert reached.wait(25)
+            assert reached.wait(120)
             time.sleep(0.5)
             process.send_signal(how)
             time.sleep(0.3)
             go_on.set()
-            process.communicate(timeout=60)
+            process.communicate(timeout=120)
         assert process.returncode == {signal.SIGINT: 130, signal.SIGKILL: -9}[how]
         assert not (output / "report.json").exists()
         server.rule = rule
@@ -192,11 +198,18 @@ def test_a_server_that_is_swapped_meanwhile_spoils_the_evaluation(sets, tmp_path
 def test_the_self_reminder_stands_around_every_prompt_of_any_server(sets, tmp_path):
     server = Answering(rule)
     server.plain = True
+    asked = [
+        "--safety", sets["safety"], "--limit", "3", "-o", tmp_path / "report",
+        "--system-prompt-baseline", "self-reminder", "--model", "other",
+    ]  # fmt: skip
     with server.serve() as url:
-        command(
-            "eval", "--url", url, "--safety", sets["safety"], "--limit", "3", "-o",
-            tmp_path / "report", "--system-prompt-baseline", "self-reminder", "--model", "other",
-        )  # fmt: skip
+        command("eval", "--url", url, *asked)
+        logs = tmp_path / "report" / "logs"
+        assert stat.S_IMODE(logs.stat().st_mode) == 0o700
+    with server.serve() as url:  # it does not say what it serves: another place, another model
+        code, error = inside("eval", "--url", url, *asked)
+        assert code == 1
+        assert "another url" in error
     bodies = [body for path, body in server.bodies if path == "/v1/chat/completions"]
     assert len(bodies) == 3
     for body in bodies:
@@ -210,6 +223,18 @@ def test_the_self_reminder_stands_around_every_prompt_of_any_server(sets, tmp_pa
     report = read_report(tmp_path / "report")
     assert report.served is None
     assert report.settings.system_prompt_baseline == "self-reminder"
+
+
+def test_an_authority_of_ones_own_is_trusted_for_the_questions_too(sets, tmp_path):
+    server = Answering(rule)
+    certificate, context = certified(tmp_path, "IP:127.0.0.1")
+    with server.serve(context=context) as url:
+        assert url.startswith("https://")
+        command(
+            "eval", "--url", url, "--harmless", sets["harmless"], "-o", tmp_path / "report",
+            "--retries", "0", "--ca-file", certificate,
+        )  # fmt: skip
+    assert len(server.asked) == len(GOOD)
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,19 @@
 """Garak's report, as garak 0.17 writes it, folded into ours; and the program that writes it."""
 
 import json
+import stat
 import sys
 
 import pytest
 from answering import ANSWER, MODEL, Answering
+from eval_runs import command, written
 
 from enchtable_vllm.errors import ConfigError
+from enchtable_vllm.evaluate.compare import compare
+from enchtable_vllm.evaluate.compare_page import compare_page
 from enchtable_vllm.evaluate.faults import EvaluationError, ReportError
 from enchtable_vllm.evaluate.garak import attack, read_garak
+from enchtable_vllm.evaluate.report import read_report
 
 
 def evaluated(probe, passed, fails, nones=0):
@@ -46,6 +51,10 @@ def test_a_report_is_folded(tmp_path):
         ("dan.Dan_11_0", 1, 4),
         ("dra.DRA", 4, 6),
     ]
+    stricter = evaluated("dra.DRA", 1, 5) | {"detector": "dra.DRAAnalogousDetection"}
+    twice = read_garak(report(tmp_path, [*LINES, stricter]))
+    assert (twice.broke.count, twice.broke.of) == (6, 10)  # no answer counts twice
+    assert len(twice.probes) == 3
     old = {"entry_type": "eval", "probe": "p", "detector": "d", "passed": 3, "total": 4}
     assert read_garak(report(tmp_path, [LINES[1], old])).broke.count == 1
     assert not read_garak(report(tmp_path, LINES[:-2])).complete
@@ -73,9 +82,11 @@ import argparse, json, os, sys, urllib.request
 parser = argparse.ArgumentParser()
 for name in ("type", "name"):
     parser.add_argument("--target_" + name)
-for name in ("generator_options", "spec", "generations", "report_prefix"):
+for name in ("generator_options", "spec", "generations", "report_prefix", "config"):
     parser.add_argument("--" + name)
 given = parser.parse_args()
+if given.config is not None:
+    assert "attack_model_name" in open(given.config).read()
 options = json.loads(given.generator_options)["openai"]["OpenAICompatible"]
 assert given.target_type == "openai.OpenAICompatible"
 assert options["stop"] == [] and "ENCHTABLE_ADMIN_TOKEN" not in os.environ
@@ -113,6 +124,30 @@ def test_the_program_attacks_the_server_once(tmp_path, monkeypatch):
         assert attack(*asked) == found  # is not run again
     assert server.asked == ["probes.dan,probes.dra"]
     assert (found.broke.count, found.broke.of, found.complete) == (1, 1, True)
+
+
+def test_its_report_stands_in_ours_and_beside_another_models(tmp_path):
+    server = Answering(lambda *_: ANSWER)
+    config = tmp_path / "garak.yaml"
+    config.write_text("plugins: {probes: {tap: {PAIR: {attack_model_name: a}}}}")
+    with server.serve() as url:
+        asked = [
+            "eval", "--url", url, "--harmless", written(tmp_path / "good.json", ["How?"]),
+            "--jailbreak", "garak", "--garak", program(tmp_path), "--garak-probes", "tap.PAIR",
+            "--garak-config", config, "-o", tmp_path / "a",
+        ]  # fmt: skip
+        out, _ = command(*asked)
+    assert "garak 0.17.1: attacks that succeeded 100.0%" in out
+    (attacked,) = (tmp_path / "a" / "garak").iterdir()
+    assert stat.S_IMODE(attacked.stat().st_mode) == 0o700
+    assert "dan.Dan_11_0" in (tmp_path / "a" / "index.html").read_text()
+    found = read_report(tmp_path / "a")
+    assert found.dynamic.broke.count == 1
+    other = found.model_copy(update={"dynamic": None})
+    page = compare_page(compare([("a", found), ("b", other)]))
+    assert '<th scope="col">garak</th>' in page
+    with pytest.raises(ConfigError, match=r"--garak-config '.*none'"):
+        attack(tmp_path / "garak", "dan", "", MODEL, None, tmp_path, config=tmp_path / "none")
 
 
 def test_a_program_that_fails_is_told_with_the_end_of_its_log(tmp_path):

@@ -126,6 +126,15 @@ def test_a_sweep_proposes_draws_and_gives_the_server_back(sets, tmp_path):
         code, error = inside(*other, ENCHTABLE_ADMIN_TOKEN=TOKEN)
         assert code == 1
         assert "another set, sample, judge or setting" in error
+        # Of what was measured, only what is asked for may win.
+        fewer = [*asked[:-1], "--betas", "0.5"]
+        code, out = inside(*fewer, ENCHTABLE_ADMIN_TOKEN=TOKEN)
+        assert code == 0
+        assert json.loads((output / "tune.json").read_text())["proposed"] == 0.5
+        server.remade = "anew"
+        code, error = inside(*asked[:-1], ENCHTABLE_ADMIN_TOKEN=TOKEN)
+        assert code == 1
+        assert "another task model or vector under the same name" in error
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
@@ -145,9 +154,9 @@ def test_an_interrupted_sweep_gives_the_server_back_and_goes_on(sets, tmp_path, 
     with server.serve() as url:
         asked = sweep(url, sets, output, "--betas", "1.0")
         with start(*asked, ENCHTABLE_ADMIN_TOKEN=TOKEN) as process:
-            assert reached.wait(25)
+            assert reached.wait(120)
             process.send_signal(how)
-            said = process.communicate(timeout=60)
+            said = process.communicate(timeout=120)
         assert process.returncode == 128 + how, said
         assert (server.vector, server.beta) == ("sv-a", 0.5)
         assert json.loads((output / "tune.json").read_text())["restored"] is True
@@ -172,9 +181,9 @@ def test_a_killed_sweep_is_made_good_by_the_next(sets, tmp_path):
     with server.serve() as url:
         asked = sweep(url, sets, output, "--betas", "1.0")
         with start(*asked, ENCHTABLE_ADMIN_TOKEN=TOKEN) as process:
-            assert reached.wait(25)
+            assert reached.wait(120)
             process.kill()
-            process.communicate(timeout=60)
+            process.communicate(timeout=120)
         assert (server.vector, server.beta) == ("sv-b", 1.0)
         server.rule = rule
         command(*asked, ENCHTABLE_ADMIN_TOKEN=TOKEN)
