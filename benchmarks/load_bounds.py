@@ -22,9 +22,9 @@ _BF16 = 2
 def targets(rows: Sequence[Row]) -> Iterator[tuple[Row, Target]]:
     """Each figure of ours of which something is promised, with that.
 
-    The peak of anonymous memory may pass plain vLLM's by two of the largest stored tensor: as
-    much as the read-ahead may hold, and what is being merged. Rows do not have its size; it is
-    that of the architecture's largest matrix.
+    A peak, of anonymous memory while weights load or of a whole rank, may pass plain vLLM's by two
+    of the largest stored tensor: as much as the read-ahead may hold, and what is being merged. Rows
+    do not have its size; it is that of the architecture's largest matrix.
     """
     plain = {row.what: row for row in rows if row.provider == AUTO}
     for row in rows:
@@ -34,7 +34,7 @@ def targets(rows: Sequence[Row]) -> Iterator[tuple[Row, Target]]:
         if (most := _most(row)) is not None:
             share = row.p50 / auto
             yield row, Target(f"≤ {most:g}×", share <= most, f"{share:.4g}× auto")
-        elif row.op == "load_weights" and row.metric == "peak":
+        elif row.metric in ("peak", "peak of a rank"):
             bound = auto + TENSORS_AHEAD * largest_bytes(models.SHAPES[_which(row)])
             promised = f"≤ {shown(bound, 'B')}"
             yield row, Target(promised, row.p50 <= bound, shown(row.p50, "B"))
