@@ -83,9 +83,18 @@ class SwapService:
         """Name the weights, tell what is served, and keep looking.
 
         Raises:
-            SwapError: The ranks do not answer.
+            SwapError: The ranks do not answer; or engines loaded different vectors, which no swap
+                could bring together: what one of them is to go back to is not what another is.
         """
         status = await self.status()
+        if status["disagreeing"] and status["state"] == "serving":
+            found = [rank["weight_version"] for one in status["engines"] for rank in one["ranks"]]
+            raise SwapError(
+                "refused",
+                f"engines of one server: expected the same vector on each, got {found}",
+                "The root's current.json changed while they loaded: start the server again.",
+                "MismatchError",
+            )
         await self._engines.set_version(status["weight_version"])
         self._watcher = asyncio.create_task(self._watch())
 
