@@ -27,7 +27,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -132,19 +132,17 @@ def _connector_that_keeps(config: Any) -> str | None:
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
     from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 
-    try:
+    with suppress(Exception):  # one that is not known here is not known to be cleared
         connector = KVConnectorFactory.get_connector_class(config)
-    except Exception:  # one that is not known here is not known to be cleared
-        return str(config.kv_connector)
-    resets = connector.reset_cache is not KVConnectorBase_V1.reset_cache
-    return None if resets else str(config.kv_connector)
+        if connector.reset_cache is not KVConnectorBase_V1.reset_cache:
+            return None
+    return str(config.kv_connector)
 
 
 def not_given_back(worker: Any, names: Sequence[str]) -> tuple[list[str], str]:
     """The checkpoint's tensors that a reload would lose or misplace, and why: experts.
 
-    Checkpoints name and stack experts in ways of their own, so where the served model has any,
-    whatever is not attention's counts as theirs.
+    Checkpoints name them in many ways: where a model has any, all but attention counts as theirs.
     """
     model = model_of(worker)
     if worker.vllm_config.parallel_config.enable_eplb:
@@ -216,10 +214,7 @@ def _packed_beside(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _pack_tied_anew(model: torch.nn.Module) -> None:
-    """A head that has its embedding's weight has a packed copy of its own.
-
-    A reload knows the embedding's tensor alone, and packs that of the embedding anew.
-    """
+    """A head tied to an embedding has a packed copy of its own, which a reload does not know."""
     owners: dict[int, int] = Counter(id(module.weight) for _, module in _packed_beside(model))
     for _, module in _packed_beside(model):
         if owners[id(module.weight)] > 1:

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from enchtable_vllm import cli
 
 GUIDE = (ROOT / "docs" / "evaluate.md").read_text()
-BLOCKS = "\n".join(re.findall(r"^```\n(.*?)^```", GUIDE, re.MULTILINE | re.DOTALL))
+BLOCKS = "\n".join(re.findall(r"^```\w*\n(.*?)^```", GUIDE, re.MULTILINE | re.DOTALL))
 COMMANDS = re.findall(r"^enchtable .*(?:\n    .*)*", BLOCKS, re.MULTILINE)
 OPTION = r"(?<![\w-])--[a-z][a-z-]*"
 
