@@ -83,7 +83,7 @@ dist: $(READY) ## Build wheel and sdist into dist/, and check them.
 	@$(BIN)/python -m twine check --strict dist/*
 
 test-matrix: $(READY) ## Run the tests of serving on each vLLM of docs/versions.md. VERSIONS="..." KEEP=1
-	@$(BIN)/python deploy/cpu/matrix.py $(VERSIONS) $(if $(TESTS),--tests $(TESTS)) $(if $(KEEP),--keep)
+	@$(BIN)/python deploy/cpu/matrix.py $(VERSIONS) $(if $(KEEP),--keep)
 
 lint: $(READY) types ## Check style and types.
 	@$(BIN)/ruff check .

@@ -1,8 +1,8 @@
 """Runs the tests of serving on several versions of vLLM, really installed, and writes the table.
 
-``make test-matrix [VERSIONS="0.28.0 0.24.0"] [TESTS="PATH PATH"] [KEEP=1]``. Each version gets an
-environment of its own in ``.matrix/`` (about two minutes and three gigabytes; taken away
-afterwards), the tests in ``tests/serving`` run in it as they are, and what came of it goes into
+``make test-matrix [VERSIONS="0.28.0 0.24.0"] [KEEP=1]``. Each version gets an environment of its
+own in ``.matrix/`` (about two minutes and three gigabytes; taken away afterwards), the tests of
+loading and of swapping run in it as they are, and what came of it goes into
 ``enchtable_vllm/serving/tested_versions.json`` and ``docs/versions.md``.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -32,6 +33,9 @@ from enchtable_vllm.serving.versions import (
 ROOT = Path(__file__).parent.parent.parent
 ENVIRONMENTS = ROOT / ".matrix"
 TABLE = ROOT / "docs" / "versions.md"
+_SERVING = "tests/serving/test_{}.py"
+LOADING = [_SERVING.format(name) for name in ("bit_identity", "serve")]
+SWAPPING = [_SERVING.format(name) for name in ("swap_exact", "swap_http")]
 #: Asked of the environment itself. Without vLLM's banner: the last line is the answer.
 FACTS = """
 import json, platform
@@ -52,22 +56,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("versions", nargs="*", help="Default: all that the table has.")
     parser.add_argument("--keep", action="store_true", help="Leave the environments.")
-    parser.add_argument("--tests", nargs="+", default=["tests/serving"], help="A part, by path.")
     options = parser.parse_args()
     supported = {t.vllm for t in tested_versions() if t.passed}
     versions = options.versions or [t.vllm for t in tested_versions()]
     regressed = []
     for version in sorted(versions, key=Version, reverse=True):
-        result = run(version, tests=options.tests, keep=options.keep)
-        print(f"vLLM {version}: {result.loader} ({result.tests}) {result.reason}", flush=True)
+        result = run(version, keep=options.keep)
+        print(f"vLLM {version}: loading {' '.join(_loading(result))}", flush=True)
+        print(f"vLLM {version}: swapping {' '.join(_swapping(result))}", flush=True)
         record(result)
-        if version in supported and not result.passed:
+        if version in supported and "failed" in (result.loader, result.swapping):
             regressed.append(version)
-    print(f"the loader works from vLLM {lower_bound()} on; table: {TABLE.relative_to(ROOT)}")
+    print(f"loading works from vLLM {lower_bound()} on, swapping from {swapping_bound()} on")
+    print(f"the table: {TABLE.relative_to(ROOT)}")
     return bool(regressed)
 
 
-def run(version: str, *, tests: list[str], keep: bool) -> TestedVersion:
+def run(version: str, *, keep: bool) -> TestedVersion:
     """Install one version, run the tests on it."""
     environment = ENVIRONMENTS / version
     python = environment / "bin" / "python"
@@ -77,10 +82,8 @@ def run(version: str, *, tests: list[str], keep: bool) -> TestedVersion:
         [str(python), "-c", FACTS], capture_output=True, text=True, check=True, cwd=ROOT
     )
     facts = json.loads(answer.stdout.splitlines()[-1])
-    told, failure = test(python, tests, ENVIRONMENTS / f"{version}.xml")
-    if not keep:
-        shutil.rmtree(environment)
-    return TestedVersion(
+    told, failure = test(python, LOADING, ENVIRONMENTS / f"{version}-loading.xml")
+    found = TestedVersion(
         vllm=version,
         loader="failed" if failure else "passed",
         tests=told,
@@ -88,6 +91,18 @@ def run(version: str, *, tests: list[str], keep: bool) -> TestedVersion:
         date=datetime.now(UTC).date().isoformat(),
         **facts,
     )
+    if found.passed and not found.swapping_lacks:
+        told, failure = test(python, SWAPPING, ENVIRONMENTS / f"{version}-swapping.xml")
+        found = found.model_copy(
+            update={
+                "swapping": "failed" if failure else "passed",
+                "swapping_tests": told,
+                "swapping_reason": failure,
+            }
+        )
+    if not keep:
+        shutil.rmtree(environment)
+    return found
 
 
 def test(python: Path, tests: list[str], report: Path) -> tuple[str, str]:
@@ -115,10 +130,12 @@ def test(python: Path, tests: list[str], report: Path) -> tuple[str, str]:
 
 
 def outcome(case: ElementTree.Element) -> tuple[str, str]:
-    """What came of one test, and the first line of what it said."""
+    """What came of one test, and in a line why: the last error that it names, or its first line."""
     for tag, kind in (("failure", "failed"), ("error", "failed"), ("skipped", "skipped")):
         if (found := case.find(tag)) is not None:
-            return kind, (found.get("message") or "").partition("\n")[0][:200]
+            lines = [line.strip() for line in (found.get("message") or "").splitlines()] or [""]
+            named = [line for line in lines if re.match(r"\w*(Error|Exception)\b", line)]
+            return kind, (named or lines[:1])[-1][:200]
     return "passed", ""
 
 
@@ -134,7 +151,7 @@ def record(result: TestedVersion) -> None:
 
 def table() -> str:
     """The document, from the results."""
-    head = ["vLLM", "torch", "Triton", "transformers", "Python", "loader", "swapping lacks", "run"]
+    head = ["vLLM", "torch", "Triton", "transformers", "Python", "loading", "swapping", "run"]
     lines = [
         "# Tested versions of vLLM",
         "",
@@ -142,13 +159,15 @@ def table() -> str:
         "(`ENCHTABLE_ANY_VLLM=1` lets it try: that is how the bound is found). There is no upper",
         "pin: a newer vLLM is not refused, only not vouched for, and `enchtable doctor` says so.",
         "",
+        f"Exchanging vectors in a running server works from vLLM {swapping_bound()} on; what an",
+        "older one lacks for it is named.",
+        "",
         "Each row is a real run on the CPU build of that version, of the tests that it names.",
         "`test_bit_identity.py`: weights bit-identical to the offline merge, eager and compiled,",
-        "after reload, on two ranks. `test_serve.py`: served over HTTP, and what is refused. A",
+        "after reload, on two ranks. `test_serve.py`: served over HTTP, and what is refused.",
+        "`test_swap_exact.py`: after each swap the weights of a fresh load, on two ranks too.",
+        "`test_swap_http.py`: the HTTP interface, and what running requests see of a swap. A",
         "torch without `+cpu` is PyPI's build for CUDA, on a machine without a GPU.",
-        "",
-        "*Swapping lacks*: what exchanging vectors in a running server needs and that version",
-        f"does not have. From vLLM {swapping_bound()} on: nothing.",
         "",
         "`make test-matrix VERSIONS=...` runs a version again and writes this file.",
         "",
@@ -156,12 +175,20 @@ def table() -> str:
         f"| {' | '.join('---' for _ in head)} |",
     ]
     for row in reversed(tested_versions()):
-        loader = "; ".join(filter(None, (row.loader, row.tests, row.reason)))
-        lacks = ", ".join(f"`{name}`" for name in row.swapping_lacks)
-        cells = [row.vllm, row.torch, row.triton, row.transformers, row.python, loader]
-        cells += [lacks or ("not known" if not row.passed else "nothing"), row.date]
+        cells = [row.vllm, row.torch, row.triton, row.transformers, row.python]
+        cells += ["; ".join(_loading(row)), "; ".join(_swapping(row)), row.date]
         lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _loading(row: TestedVersion) -> list[str]:
+    return [word for word in (row.loader, row.tests, row.reason) if word]
+
+
+def _swapping(row: TestedVersion) -> list[str]:
+    lacks = ", ".join(f"`{name}`" for name in row.swapping_lacks)
+    words = (row.swapping, row.swapping_tests, row.swapping_reason, lacks and f"lacks {lacks}")
+    return [word for word in words if word]
 
 
 if __name__ == "__main__":

@@ -203,6 +203,12 @@ _FOR_SWAPPING = {
     ),
     "collective_rpc": ("vllm.v1.engine.async_llm", "AsyncLLM.collective_rpc", None),
     "update_weight_version": ("vllm.v1.engine.async_llm", "AsyncLLM.update_weight_version", None),
+    "call_utility_all_async": (
+        "vllm.v1.engine.core_client",
+        "AsyncMPClient.call_utility_all_async",
+        None,
+    ),
+    "weight_versions of completions": ("vllm.outputs", "CompletionOutput", "weight_versions"),
 }
 
 

@@ -35,8 +35,9 @@ class TestedVersion(BaseModel):
         loader: Whether every test of the loader passed.
         tests: How the run ended, in pytest's words.
         reason: Where the loader failed, why: ``lacks 'register_model_loader'``.
-        swapping_lacks: What swapping vectors in a running server will need and this version
-            lacks, by name.
+        swapping: Whether every test of swapping vectors in a running server passed.
+        swapping_tests, swapping_reason: As of the loader.
+        swapping_lacks: What swapping needs and this version lacks, by name; it is not run then.
         date: When, UTC: ``2026-11-22``.
     """
 
@@ -51,6 +52,9 @@ class TestedVersion(BaseModel):
     loader: Literal["passed", "failed"]
     tests: str
     reason: str = ""
+    swapping: Literal["passed", "failed", "not run"] = "not run"
+    swapping_tests: str = ""
+    swapping_reason: str = ""
     swapping_lacks: tuple[str, ...] = ()
     date: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\d$")]
 
@@ -76,8 +80,8 @@ def lower_bound() -> Version:
 
 
 def swapping_bound() -> Version:
-    """The oldest from which on nothing is lacking that swapping will need."""
-    return _oldest_of_run(lambda tested: tested.passed and not tested.swapping_lacks)
+    """The oldest from which on swapping passed on every tested version."""
+    return _oldest_of_run(lambda tested: tested.passed and tested.swapping == "passed")
 
 
 def newest_tested() -> Version:
