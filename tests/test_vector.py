@@ -158,6 +158,41 @@ def test_building_holds_a_few_tensors_not_a_model(family, tmp_path, tensors_aliv
     assert 2 <= tensors_alive.most <= 4
 
 
+def with_tensor(model, folder, name):
+    """A copy with one more."""
+    shutil.copytree(model, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name] = tensors[Q].clone()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("block", ["mtp.layers.0", "model.layers.2"])
+def test_layers_that_transformers_does_not_keep_are_left_out_and_said(family, tmp_path, block):
+    """Those that predict several tokens ahead, beside the model's own or behind its last."""
+    name = f"{block}.self_attn.q_proj.weight"
+    aligned = with_tensor(family.aligned, tmp_path / "aligned", name)
+    report = build_vector(locate(aligned), locate(family.surrogate), tmp_path / "v")
+    assert set(SafetyVector.open(tmp_path / "v").tensors) == {
+        n for n in load_file(family.aligned / "model.safetensors") if "self_attn" in n
+    }
+    (warning,) = report.warnings
+    assert f"'{block}'" in warning
+    both = with_tensor(family.surrogate, tmp_path / "surrogate", name)
+    assert build_vector(locate(aligned), locate(both), tmp_path / "w").warnings == []
+    assert name in SafetyVector.open(tmp_path / "w").tensors
+
+
+def test_a_layer_of_the_model_itself_may_not_be_gone(family, tmp_path):
+    surrogate = tmp_path / "surrogate"
+    shutil.copytree(family.surrogate, surrogate)
+    tensors = load_file(surrogate / "model.safetensors")
+    kept = {name: t for name, t in tensors.items() if ".layers.1." not in name}
+    save_file(kept, surrogate / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(MismatchError, match=r"layers\.1\..* is only in the aligned model"):
+        build_vector(locate(family.aligned), locate(surrogate), tmp_path / "v")
+
+
 def test_scope_all_leaves_out_what_did_not_change(family, tmp_path):
     report = build(family, tmp_path / "v", scope="all")
     assert all("self_attn" in name for name in report.manifest.tensors)
@@ -249,6 +284,8 @@ def test_fingerprint_follows_content_not_place(damaged, tmp_path):
         ("model.layers.3.block_sparse_moe.gate.weight", False, True),
         ("model.layers.3.post_attention_layernorm.weight", False, False),
         ("transformer.h.0.attn.c_attn.weight", True, False),
+        ("transformer.blocks.0.norm_attn_norm.attn.Wqkv.weight", True, False),
+        ("transformer.blocks.0.norm_attn_norm.norm_1.weight", False, False),
         ("model.embed_tokens.weight", False, False),
         ("lm_head.weight", False, False),
     ],

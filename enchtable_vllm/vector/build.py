@@ -52,22 +52,31 @@ class BuildReport:
     Attributes:
         manifest: As written.
         unchanged: Tensors in scope that are bit-identical in both models; left out.
+        absent: Blocks of the aligned model that the surrogate lacks; left out.
         sixteen_bit_inputs: Whether a model was stored in 16 bits, and that has cost something.
     """
 
     manifest: VectorManifest
     unchanged: tuple[str, ...]
+    absent: tuple[str, ...]
     sixteen_bit_inputs: bool
 
     @property
     def warnings(self) -> list[str]:
         """What the user should know before trusting the vector."""
+        found = []
+        if self.absent:
+            found.append(
+                "the surrogate lacks whole blocks of the aligned model, which are left out: "
+                + summarize_faults([f"'{block}'" for block in self.absent])
+            )
         if not self.sixteen_bit_inputs:
-            return []
+            return found
         return [
+            *found,
             "an input is stored in 16 bits, so changes smaller than its rounding are lost: "
             f"{self.manifest.zero_share:.1%} of this vector's elements are exactly zero. "
-            "Build it from fp32 checkpoints (training's master weights) if you have them."
+            "Build it from fp32 checkpoints (training's master weights) if you have them.",
         ]
 
 
@@ -81,6 +90,7 @@ class Difference:
         scope: Which parameters take part.
         changed: The tensors that differ.
         unchanged: Names of tensors in scope that are identical in both.
+        absent: As `BuildReport`'s.
     """
 
     aligned: Location
@@ -90,6 +100,7 @@ class Difference:
     scope: Scope
     changed: tuple[TensorHeader, ...]
     unchanged: tuple[str, ...]
+    absent: tuple[str, ...]
 
 
 def build_vector(
@@ -157,7 +168,7 @@ def compare(aligned: Location, surrogate: Location, scope: Scope) -> Difference:
     second = Checkpoint(surrogate.path, what="surrogate")
     for checkpoint in (first, second):
         checkpoint.refuse_quantized()
-    chosen = _choose(first, second, scope)
+    chosen, absent = _choose(first, second, scope)
     changed = [h for h in chosen if not _identical(first, second, h.name)]
     unchanged = tuple(sorted({h.name for h in chosen} - {h.name for h in changed}))
     if not changed:
@@ -167,7 +178,7 @@ def compare(aligned: Location, surrogate: Location, scope: Scope) -> Difference:
             got=f"{len(chosen)} identical tensors",
             fix="Give the surrogate that was trained from it, or widen --scope.",
         )
-    return Difference(aligned, surrogate, first, second, scope, tuple(changed), unchanged)
+    return Difference(aligned, surrogate, first, second, scope, tuple(changed), unchanged, absent)
 
 
 def write_vector(
@@ -248,12 +259,28 @@ def write_vector(
         )
     inputs = (second,) if from_masters else (first, second)
     dtypes = {c.tensors[h.name].dtype for c in inputs for h in changed}
-    return BuildReport(manifest, difference.unchanged, not dtypes <= {"F32"})
+    return BuildReport(manifest, difference.unchanged, difference.absent, not dtypes <= {"F32"})
 
 
-def _choose(first: Checkpoint, second: Checkpoint, scope: Scope) -> list[TensorHeader]:
-    """The tensors in scope, all faults reported at once."""
+def _choose(
+    first: Checkpoint, second: Checkpoint, scope: Scope
+) -> tuple[list[TensorHeader], tuple[str, ...]]:
+    """The tensors in scope, all faults reported at once; and the blocks that the second lacks.
+
+    transformers neither loads nor saves the layers that predict several tokens ahead: a surrogate
+    of such a model is without them. Layers of the model proper that are gone are a fault.
+    """
     names = [n for n in first.tensors.keys() | second.tensors.keys() if in_scope(n, scope)]
+    stacks = {_block(name)[0] for name in second.tensors}
+    layers = _layers(first)
+
+    def is_absent(name: str) -> bool:
+        stack, layer = _block(name)
+        beyond = layers is not None and layer is not None and layer >= layers
+        return stack not in stacks or (beyond and name not in second.tensors)
+
+    absent = {name for name in names if is_absent(name)}
+    names = [name for name in names if name not in absent]
     faults = []
     for name in sorted(names):
         one, two = first.tensors.get(name), second.tensors.get(name)
@@ -272,7 +299,26 @@ def _choose(first: Checkpoint, second: Checkpoint, scope: Scope) -> list[TensorH
             got=summarize_faults(faults) if faults else "no tensor in this scope",
             fix="Give the aligned model that the surrogate was trained from.",
         )
-    return [first.tensors[name] for name in sorted(names)]
+    found = map(_block, absent)
+    blocks = {stack if layer is None else f"{stack}.{layer}" for stack, layer in found}
+    return [first.tensors[name] for name in sorted(names)], tuple(sorted(blocks))
+
+
+def _block(name: str) -> tuple[str, int | None]:
+    """The stack of layers that a tensor is in, and which of them; or else the part of the model."""
+    parts = name.split(".")
+    for i, part in enumerate(parts):
+        if part.isdecimal():
+            return ".".join(parts[:i]), int(part)
+    return parts[0], None
+
+
+def _layers(checkpoint: Checkpoint) -> int | None:
+    """Of the model proper, by its config."""
+    config = checkpoint.config
+    text = config.get("text_config")
+    found = (text if isinstance(text, dict) else config).get("num_hidden_layers")
+    return found if isinstance(found, int) else None
 
 
 def _shards(

@@ -24,7 +24,7 @@ def in_scope(name: str, scope: Scope) -> bool:
     if scope == "all":
         return True
     segments = name.split(".")
-    if any("norm" in segment for segment in segments):
+    if any("norm" in segment for segment in segments[-2:]):  # DBRX has attention in a 'norm_attn_'
         return False
     chosen = set()
     if scope in ("attention", "attention+ffn"):
