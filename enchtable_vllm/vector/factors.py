@@ -29,7 +29,7 @@ from enchtable_vllm.errors import ConfigError
 Rung = Literal["gram32", "deflated32", "gram64", "svd64", "zero"]
 
 #: Raised whenever the same matrix would give other bits.
-COMPUTATION = 2
+COMPUTATION = 3
 #: Below this short side an fp64 SVD is the cheapest rung.
 _SMALL_SIDE = 64
 #: fp32 Gram: eigenvalues carry an error near 2⁻²⁴·side^½ of the largest, so a kept singular
