@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from blake3 import blake3
@@ -148,18 +149,6 @@ def distil(
             state.destroy_process_group()  # what follows is one process's work
         if not state.is_main_process:
             return None
-        linearity = disentanglement = None
-        if held_out:
-            say("diagnosing: how linear the surrogate is in the vector")
-            linearity, disentanglement = diagnose(
-                aligned,
-                workspace.surrogate,
-                tokenizer,
-                held_out,
-                attention=recipe.attention,
-                batch_size=recipe.batch_size,
-                domain=domain,
-            )
         say("writing the vector: aligned - surrogate, from fp32 master weights")
         build = write_vector(
             compare(aligned, local(workspace.surrogate), recipe.scope),
@@ -170,6 +159,19 @@ def distil(
             from_masters=True,
             progress=progress,
         )
+        linearity = disentanglement = None
+        if held_out:
+            say("diagnosing: how linear the surrogate is in the vector")
+            with _survived_if_out_of_memory(say):
+                linearity, disentanglement = diagnose(
+                    aligned,
+                    workspace.surrogate,
+                    tokenizer,
+                    held_out,
+                    attention=recipe.attention,
+                    batch_size=recipe.batch_size,
+                    domain=domain,
+                )
         report = write_report(folder, made, curve, linearity, disentanglement, build)
         if keep_surrogate is not None:
             shutil.copytree(workspace.surrogate, kept, dirs_exist_ok=True)
@@ -226,6 +228,18 @@ def _train(
         tokenizer.save_pretrained(workspace.surrogate)
         workspace.finish(curve)
     return curve
+
+
+@contextmanager
+def _survived_if_out_of_memory(say: Callable[[str], None]) -> Iterator[None]:
+    """A model that several devices trained may be too large for the one that diagnoses it."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not known and "can't allocate memory" not in str(error):  # as torch says it of a host's
+            raise
+        say(f"not diagnosed, and the report says nothing of it: out of memory: {error}")
 
 
 @contextmanager

@@ -272,6 +272,38 @@ def test_what_is_refused_after_the_training_does_not_cost_it(aligned, pairs, tmp
     assert [path.name for path in tmp_path.iterdir()] == ["v"]
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_diagnosis_that_does_not_fit_costs_no_vector(
+    aligned, pairs, tmp_path, monkeypatch, error
+):
+    def too_large(*_, **__):
+        raise error
+
+    lines, out = [], tmp_path / "v"
+    monkeypatch.setattr("enchtable_vllm.distill.run.diagnose", too_large)
+    run(aligned, pairs, out, say=lines.append)
+    assert any(line.startswith("not diagnosed") for line in lines)
+    assert SafetyVector.open(out).tensors
+
+
+def test_another_failure_of_the_diagnosis_is_one(aligned, pairs, tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr("enchtable_vllm.distill.run.diagnose", broken)
+    with pytest.raises(RuntimeError, match="mat1"):
+        run(aligned, pairs, tmp_path / "v")
+    assert not (tmp_path / "v").exists()
+
+
 def test_another_template_is_another_training(aligned, pairs, tmp_path):
     folder, lines = tmp_path / "model", []
     shutil.copytree(aligned, folder)
