@@ -31,6 +31,11 @@ def admin_token() -> str | None:
     return os.environ.get("ENCHTABLE_ADMIN_TOKEN") or None
 
 
+def plans_folder() -> Path:
+    """Where computed plans are kept."""
+    return cache_folder() / "plans"
+
+
 def admin_token_file() -> Path | None:
     """``ENCHTABLE_ADMIN_TOKEN_FILE``: a file that holds the admin token.
 

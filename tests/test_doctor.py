@@ -11,19 +11,15 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
-import models
 import pytest
 from typer.testing import CliRunner
 from users import nobody
 
 from enchtable_vllm import cli
-from enchtable_vllm.checkpoint import locate
 from enchtable_vllm.doctor import environment
 from enchtable_vllm.doctor.child import Step, run_steps
-from enchtable_vllm.doctor.dry_run import Question, dry_run
 from enchtable_vllm.doctor.folders import check_cache, check_vector_root
 from enchtable_vllm.serving.versions import lower_bound, swapping_bound
-from enchtable_vllm.vector import build_vector
 
 ROOT = Path(__file__).parent.parent
 MAIN = "from enchtable_vllm.cli import main; main()"
@@ -258,6 +254,7 @@ def test_the_first_error_of_a_chain_is_the_cause(tmp_path, monkeypatch):
 def test_the_cache_is_not_made_by_asking(tmp_path, monkeypatch):
     monkeypatch.setenv("ENCHTABLE_CACHE", str(tmp_path / "a" / "b"))
     assert check_cache().status == "ok"
+    assert check_cache().found.startswith(f"'{tmp_path / 'a' / 'b' / 'plans'}'")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -355,64 +352,6 @@ def test_a_root_that_is_missing_or_empty(tmp_path):
     assert (missing.status, "No such file" in missing.cause) == ("fail", True)
     (empty,) = check_vector_root(tmp_path)
     assert empty.status == "warn"
-
-
-def last(*arguments):
-    return dry_run(Question(*(str(a) if a is not None else None for a in arguments)))[-1]
-
-
-def test_dry_run_with_a_plan_says_what_the_loader_says(family, damaged):
-    finding = last(family.task)
-    assert finding.status == "ok"
-    assert "merge 8 and keep 13 tensors (13: not in the safety vector)" in finding.found
-    assert "beta 0.5, scope attention" in finding.found
-    assert last(family.task, None, None, family.plan).status == "ok"
-    wrong = last(family.base, family.vector, None, family.plan)
-    assert wrong.status == "fail"
-    assert wrong.cause.startswith("MismatchError: expected the task model that the plan was made")
-    (damaged.vector / "safety_vector.json").write_text("{}")
-    assert last(damaged.task).cause.startswith("SafetyVectorError: expected format version 1")
-
-
-def test_dry_run_without_a_plan_classifies(family, tmp_path):
-    ok = last(family.task, family.vector, family.base)
-    assert ok.status == "ok"
-    assert ok.found.startswith("a plan would merge 8 and keep 13 tensors")
-    untold = last(family.base, family.vector)
-    assert (untold.status, "--base-model" in untold.cure) == ("warn", True)
-    other = models.tiny_llama(tmp_path / "other", vocabulary=1024)
-    surrogate = models.perturbed(other, tmp_path / "s", scale=1e-2, seed=3)
-    build_vector(locate(other), locate(surrogate), tmp_path / "vector", scope="all")
-    refused = last(family.base, tmp_path / "vector", family.base)
-    assert refused.cause.startswith("MismatchError: expected a base model, a fine-tune of it")
-
-
-def test_dry_run_of_a_model_alone(family, tmp_path):
-    model, scopes = dry_run(Question(str(family.base)))
-    assert model.found == "LlamaForCausalLM, 21 tensors (21 BF16)"
-    assert "attention 8, ffn 6, attention+ffn 14, all 21" in scopes.found
-    assert scopes.status == "warn"
-    shutil.copytree(family.base, tmp_path / "quantised")
-    config = json.loads((family.base / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "awq"}
-    (tmp_path / "quantised" / "config.json").write_text(json.dumps(config))
-    refused = last(tmp_path / "quantised")
-    assert refused.status == "fail"
-    assert "quantization method 'awq'" in refused.cause
-
-
-def test_dry_run_reads_no_tensor_whole_and_downloads_nothing(family, monkeypatch):
-    def fail(*_):
-        raise AssertionError("read")
-
-    monkeypatch.setattr("enchtable_vllm.vector.SafetyVector.read", fail)
-    assert last(family.task).status == "ok"  # the fingerprint samples a mapped file
-    monkeypatch.setattr("enchtable_vllm.checkpoint.Checkpoint.read", fail)
-    assert last(family.task, family.vector, family.base).status == "ok"
-    monkeypatch.setattr("huggingface_hub.hf_api.HfApi.repo_info", fail)
-    absent = last("org/absent")
-    assert absent.status == "fail"
-    assert "hf download org/absent" in absent.cure
 
 
 @pytest.mark.parametrize(

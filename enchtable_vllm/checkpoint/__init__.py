@@ -7,7 +7,7 @@ from enchtable_vllm.checkpoint.fingerprint import (
     short,
     tensor_digest,
 )
-from enchtable_vllm.checkpoint.location import Location, local, locate, on_hub
+from enchtable_vllm.checkpoint.location import Location, local, locate, nothing_downloaded, on_hub
 from enchtable_vllm.checkpoint.reader import TORCH_DTYPES, Checkpoint, TensorHeader
 from enchtable_vllm.checkpoint.transaction import FileTransaction, FolderTransaction
 from enchtable_vllm.checkpoint.writer import ShardWriter
@@ -24,6 +24,7 @@ __all__ = [
     "combine_digests",
     "local",
     "locate",
+    "nothing_downloaded",
     "on_hub",
     "sampled_fingerprint",
     "short",

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +30,19 @@ MODEL_PATTERNS = (
 )
 #: Asked for only where a repository has no safetensors, as vLLM does.
 PICKLED_PATTERNS = ("*.bin",)
+
+
+_downloads: ContextVar[bool] = ContextVar("downloads", default=True)
+
+
+@contextmanager
+def nothing_downloaded() -> Iterator[None]:
+    """Within this, a Hub repository is found where it has been downloaded, or not at all."""
+    token = _downloads.set(False)
+    try:
+        yield
+    finally:
+        _downloads.reset(token)
 
 
 @dataclass(frozen=True)
@@ -124,12 +140,24 @@ def on_hub(
     """
     try:
         download = functools.partial(
-            snapshot_download, repo_id, revision=revision, cache_dir=cache_dir
+            snapshot_download,
+            repo_id,
+            revision=revision,
+            cache_dir=cache_dir,
+            local_files_only=not _downloads.get(),
         )
         folder = download(allow_patterns=list(allow_patterns))
         if allow_patterns is MODEL_PATTERNS and not any(Path(folder).glob("*.safetensors")):
             folder = download(allow_patterns=[*allow_patterns, *PICKLED_PATTERNS])
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        if not _downloads.get():
+            raise CheckpointError(
+                f"{what} '{repo_id}@{revision or 'main'}'",
+                expected="an existing folder, or a Hub repository that has been downloaded",
+                got="neither",
+                fix="Check the path, or download it first: this check does not. "
+                f"'hf download {repo_id}' does.",
+            ) from error
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(
             f"{what} '{repo_id}@{revision or 'main'}'",

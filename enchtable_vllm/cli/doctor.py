@@ -31,7 +31,11 @@ def doctor(
         str | None, typer.Option(help="With --model: its plan; by default the model's own.")
     ] = None,
     vector_root: Annotated[
-        Path | None, typer.Option(help="Check a folder of vectors and its permissions.")
+        Path | None,
+        typer.Option(
+            help="Check a folder of vectors and its permissions; with --model, how a server would "
+            "take each from it."
+        ),
     ] = None,
     require_signature: Annotated[
         str | None,
@@ -56,7 +60,8 @@ def doctor(
     if require_signature is not None:
         findings += check_signatures(require_signature, vector_root)
     if model is not None:
-        findings += _dry_run(model, safety_vector, base_model, merge_plan, require_signature)
+        root = None if vector_root is None else str(vector_root)
+        findings += _dry_run(model, safety_vector, base_model, merge_plan, root, require_signature)
     counts = Counter(finding.status for finding in findings)
     if as_json:
         found = [finding.to_json() for finding in findings]
@@ -73,13 +78,16 @@ def _dry_run(
     safety_vector: str | None,
     base_model: str | None,
     merge_plan: str | None,
+    vector_root: str | None,
     require_signature: str | None,
 ) -> list[Finding]:
     try:
         from enchtable_vllm.doctor.dry_run import Question, dry_run
     except ImportError as error:  # no torch, or one that does not import: see its own finding
         return [Finding("dry run", "skip", "models cannot be read here", f"{error}")]
-    return dry_run(Question(model, safety_vector, base_model, merge_plan, require_signature))
+    return dry_run(
+        Question(model, safety_vector, base_model, merge_plan, vector_root, require_signature)
+    )
 
 
 def _print(findings: list[Finding]) -> None:

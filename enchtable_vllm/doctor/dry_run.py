@@ -8,27 +8,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-from enchtable_vllm.checkpoint import Checkpoint, locate, short
+from enchtable_vllm.checkpoint import Checkpoint, locate, nothing_downloaded, short
 from enchtable_vllm.doctor.finding import Finding
-from enchtable_vllm.errors import CheckpointError, EnchTableError
+from enchtable_vllm.errors import EnchTableError
 from enchtable_vllm.plan import PLAN_FILE
 from enchtable_vllm.plan.classify import classify
+from enchtable_vllm.plan.vector_root import NO_VECTOR, VectorRoot
+from enchtable_vllm.serving.choice import choose_at_start
 from enchtable_vllm.serving.config import LoaderConfig
-from enchtable_vllm.serving.prepare import prepare_model
+from enchtable_vllm.serving.prepare import OpenTask, Prepared, open_task, prepare
 from enchtable_vllm.signing import parse_requirement
 from enchtable_vllm.vector import SCOPES, SafetyVector, in_scope
 
 
 @dataclass(frozen=True)
 class Question:
-    """What would be served. The three beside the model are the loader's keys.
+    """What would be served. Those beside the model are the loader's keys.
 
     Attributes:
         model: The task model: folder or Hub id.
         safety_vector, base_model, merge_plan: As in ``--model-loader-extra-config``.
+        vector_root: Likewise; without a ``safety_vector``, each that is in it is asked for.
         require_signature: Likewise, or the path of a public key.
     """
 
@@ -36,21 +36,28 @@ class Question:
     safety_vector: str | None = None
     base_model: str | None = None
     merge_plan: str | None = None
+    vector_root: str | None = None
     require_signature: str | None = None
 
 
 def dry_run(question: Question) -> list[Finding]:
     """Check a model as the loader does, and say what it would do."""
     findings: list[Finding] = []
-    try:
-        findings.extend(_look(question))
-    except EnchTableError as error:
-        findings.append(Finding.refused("dry run", error))
+    with nothing_downloaded():
+        findings.extend(_refused_if("dry run", _look(question)))
     return findings
 
 
+def _refused_if(name: str, findings: Iterable[Finding]) -> Iterator[Finding]:
+    """The findings, and the refusal that ended them."""
+    try:
+        yield from findings
+    except EnchTableError as error:
+        yield Finding.refused(name, error)
+
+
 def _look(question: Question) -> Iterator[Finding]:
-    folder = _on_this_machine(question.model, "task model")
+    folder = locate(question.model, what="task model").path
     task = Checkpoint(folder, what="task model")
     yield _describe(task)
     task.refuse_quantized()
@@ -58,39 +65,50 @@ def _look(question: Question) -> Iterator[Finding]:
         "safety_vector": question.safety_vector,
         "base_model": question.base_model,
         "merge_plan": question.merge_plan,
+        "vector_root": question.vector_root,
     }
     if question.require_signature is not None:
         keys["require_signature"] = parse_requirement(question.require_signature)
     config = LoaderConfig.parse({key: value for key, value in keys.items() if value is not None})
-    if config.base_model is not None:
-        assert config.safety_vector is not None  # LoaderConfig sees to it
-        base = Checkpoint(_on_this_machine(config.base_model, "base model"), what="base model")
-        base.refuse_quantized()
-        vector = SafetyVector.open(config.safety_vector)
-        yield _would_plan(task, base, vector)
+    if config.vector_root is not None:
+        yield from _from_root(config, task, folder)
+    elif config.base_model is not None:
+        yield _computed(config, task)
     elif config.merge_plan is not None or (folder / PLAN_FILE).is_file():
-        yield _with_plan(config, folder)
+        yield _with_plan(config, open_task(config, str(folder), None, None))
     elif config.safety_vector is not None:
         yield _would_plan(task, None, SafetyVector.open(config.safety_vector))
     else:
         yield _scopes(task)
 
 
-def _on_this_machine(reference: str, what: str) -> Path:
-    """The folder of a model that is here already: a check downloads no weights."""
-    if Path(reference).expanduser().is_dir():
-        return locate(reference, what=what).path
-    repo_id, _, revision = reference.partition("@")
-    try:
-        return Path(snapshot_download(repo_id, revision=revision or None, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError) as error:
-        raise CheckpointError(
-            f"{what} '{reference}'",
-            expected="an existing folder, or a Hub repository that has been downloaded",
-            got="neither",
-            fix="Check the path, or download it first: this check does not. "
-            f"'hf download {reference}' does.",
-        ) from error
+def _from_root(config: LoaderConfig, task: Checkpoint, folder: Path) -> Iterator[Finding]:
+    """As a server chooses that takes its vectors from a root: plans are theirs, not the model's."""
+    assert config.vector_root is not None
+    opened = open_task(config, str(folder), None, None)
+    asked = config.safety_vector
+    for name in [asked] if asked else VectorRoot(config.vector_root).names():
+        one = config.model_copy(update={"safety_vector": name})
+        yield from _refused_if(f"dry run, '{name}'", _chosen(one, task, opened))
+
+
+def _chosen(config: LoaderConfig, task: Checkpoint, opened: OpenTask) -> Iterator[Finding]:
+    settled = choose_at_start(config, opened).config
+    if settled is None:
+        yield Finding("dry run", "warn", "would serve it without a vector", f"'{NO_VECTOR}'", "")
+    elif settled.base_model is not None:
+        yield _computed(settled, task)
+    else:
+        yield _with_plan(settled, opened)
+
+
+def _computed(config: LoaderConfig, task: Checkpoint) -> Finding:
+    """Of a plan that the server computes itself: what it would contain."""
+    assert config.safety_vector is not None  # LoaderConfig sees to it
+    assert config.base_model is not None
+    base = Checkpoint(locate(config.base_model, what="base model").path, what="base model")
+    base.refuse_quantized()
+    return _would_plan(task, base, SafetyVector.open(config.safety_vector))
 
 
 def _describe(task: Checkpoint) -> Finding:
@@ -127,9 +145,9 @@ def _would_plan(task: Checkpoint, base: Checkpoint | None, vector: SafetyVector)
     )
 
 
-def _with_plan(config: LoaderConfig, folder: Path) -> Finding:
+def _with_plan(config: LoaderConfig, task: OpenTask) -> Finding:
     """With a plan: the loader's own checks, in its own words."""
-    prepared = prepare_model(config, str(folder), None, None, device="cpu")
+    prepared: Prepared = prepare(config, task, device="cpu")
     resolved = prepared.resolved
     counts = _counts(len(resolved.coefficients), resolved.kept.values())
     return Finding(

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from enchtable_vllm.doctor.finding import Finding
 from enchtable_vllm.doctor.permissions import check_permissions
-from enchtable_vllm.envs import cache_folder
+from enchtable_vllm.envs import plans_folder
 from enchtable_vllm.errors import EnchTableError
 
 
 def check_cache() -> Finding:
     """Whether a computed plan can be kept: proven by writing, where the folder is or would be."""
-    folder = cache_folder()
+    folder = plans_folder()
     nearest = next(path for path in (folder, *folder.parents) if path.exists())
     try:
         with tempfile.TemporaryDirectory(dir=nearest, prefix=".enchtable-doctor-"):
@@ -54,8 +54,11 @@ def check_vector_root(root: Path) -> list[Finding]:
 def _check_vector(folder: Path) -> Finding:
     name = f"vector '{folder.name}'"
     try:
+        from enchtable_vllm.plan.vector_root import is_vector_name
         from enchtable_vllm.vector import SafetyVector
 
+        if not is_vector_name(folder.name):  # such as a file system's own
+            return Finding(name, "skip", "passed over, by its name: no vector can have it")
         vector = SafetyVector.open(folder)
     except ModuleNotFoundError as error:
         return Finding(name, "skip", f"cannot be read here: {error}")

@@ -9,7 +9,7 @@ from blake3 import blake3
 from filelock import FileLock
 
 from enchtable_vllm.checkpoint import Checkpoint, FileTransaction, Location, sampled_fingerprint
-from enchtable_vllm.envs import cache_folder
+from enchtable_vllm.envs import plans_folder
 from enchtable_vllm.errors import ConfigError, MergePlanError
 from enchtable_vllm.plan.compute import PlanOptions, compute_plan
 from enchtable_vllm.plan.journal import Journal
@@ -63,7 +63,7 @@ def cached_plan(
         options.scope or vector.manifest.scope,
     ]
     key = blake3("\n".join(parts).encode()).hexdigest()
-    folder = cache_folder() / "plans"
+    folder = plans_folder()
     path = folder / f"{key}.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
