@@ -174,3 +174,27 @@ def test_errors_survive_pickling():
     assert isinstance(copy, CheckpointError)
     assert isinstance(copy, EnchTableError)
     assert str(copy) == "x: expected a, got b. Do c."
+
+
+def test_a_tied_head_that_only_the_index_has_is_no_fault(family, tmp_path):
+    """Converters store what is shared once, and keep both names in the index, which vLLM reads."""
+    folder = shard(family.task, tmp_path / "sharded")
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    first = "model-00001-of-00002.safetensors"
+    index["weight_map"]["model.language_model.lm_head.weight"] = first
+    path.write_text(json.dumps(index))
+    assert list(Checkpoint(folder).tensors) == list(Checkpoint(family.task).tensors)
+    index["weight_map"]["model.layers.7.self_attn.q_proj.weight"] = first
+    path.write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"layers\.7\.self_attn\.q_proj\.weight' is not in"):
+        Checkpoint(folder)
+
+
+def test_an_adapter_is_no_model(tmp_path):
+    folder = write(tmp_path / "adapter", {"a": torch.zeros(2)}, "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="merge_and_unload"):
+        Checkpoint(folder)
+    (folder / "config.json").write_text("{}")  # a whole model that was trained from one
+    assert list(Checkpoint(folder).tensors) == ["a"]

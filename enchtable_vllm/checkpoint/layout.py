@@ -13,6 +13,8 @@ Kind = Literal["safetensors", "consolidated", "pickled"]
 
 #: What a trainer leaves beside the weights; vLLM passes these over too.
 _NOT_WEIGHTS = ("training_args.bin", "optimizer.bin")
+#: What peft writes beside an adapter.
+_ADAPTER = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,18 @@ def find_layout(folder: Path, stem: str, what: str) -> Layout:
         what: How an error message calls the folder.
 
     Raises:
-        CheckpointError: There are no weights, or two sets of the same ones.
+        CheckpointError: There are no weights, two sets of the same ones, or an adapter's alone.
     """
     index_name = f"{stem}.safetensors.index.json"
     names = _listing(folder, what)
+    if stem == "model" and _ADAPTER in names and "config.json" not in names:
+        raise CheckpointError(
+            what,
+            expected="a whole model",
+            got=f"an adapter ('{_ADAPTER}')",
+            fix="Merge it into its base first, with peft: 'merge_and_unload()' and "
+            "'save_pretrained'.",
+        )
     if stem != "model":
         files = sorted(names & {f"{stem}.safetensors"})
     else:

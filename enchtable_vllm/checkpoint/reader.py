@@ -26,6 +26,7 @@ from enchtable_vllm.errors import CheckpointError, summarize_faults
 #: safetensors' dtype names, as torch's.
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
+_HEAD = "lm_head.weight"
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
 
 
@@ -249,10 +250,12 @@ class Checkpoint:
         return dict(sorted(tensors.items()))
 
     def _check_index(self, index: dict[str, str]) -> None:
+        # A tied head or embedding may be stored under one of its names and indexed under both.
+        tied = {n for n in index.keys() - self.tensors.keys() if n.endswith((_HEAD, *_EMBEDDINGS))}
         faults = [
             f"'{name}' is not in '{file}'"
             for name, file in sorted(index.items())
-            if name not in self.tensors or self.tensors[name].file != file
+            if name not in tied and (name not in self.tensors or self.tensors[name].file != file)
         ]
         faults += [f"'{name}' is not in the index" for name in self.tensors if name not in index]
         if self.layout.kind == "pickled":  # of these vLLM reads every file, index or not
@@ -270,7 +273,7 @@ class Checkpoint:
         tied = [self.config, *(v for v in self.config.values() if isinstance(v, dict))]
         if any(part.get("tie_word_embeddings") is False for part in tied):
             return {}
-        heads = [h for name, h in self.tensors.items() if name.endswith("lm_head.weight")]
+        heads = [h for name, h in self.tensors.items() if name.endswith(_HEAD)]
         embeddings = [h for name, h in self.tensors.items() if name.endswith(_EMBEDDINGS)]
         second_names: dict[str, str] = {}
         for head, embedding in itertools.product(heads, embeddings):
