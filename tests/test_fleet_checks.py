@@ -67,7 +67,7 @@ def test_what_is_served_already_is_not_to_be_done():
         ({"disagreeing": 2}, "2 of its ranks"),
         ({"not_swappable": "quantised"}, "quantised"),
         ({"vectors": {"vectors": []}}, "no 'sv-b'"),
-        ({"vectors": listed(planned=False)}, "no plan"),
+        ({"vectors": listed(planned=False)}, "no plan for its task model: enchtable plan"),
         ({"vectors": listed(fault="flipped")}, "flipped"),
         ({"swap": (422, fault("refused", "a bit flipped."))}, "a bit flipped"),
         ({"swap": CUT}, "an answer"),

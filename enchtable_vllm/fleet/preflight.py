@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from enchtable_vllm.errors import EnchTableError, printable
 from enchtable_vllm.fleet.client import Client
-from enchtable_vllm.fleet.documents import NO_VECTOR, Goal, Served, Status
+from enchtable_vllm.fleet.documents import NO_VECTOR, Goal, Served, Status, TaskModel
 
 #: Questions asked of servers at the same time; a dry run reads a vector from shared storage.
 _AT_ONCE = 8
@@ -105,7 +105,7 @@ async def _verify(client: Client, wish: Wish) -> Verified | Refusal:
         return Refusal(client.target.url, f"{status.disagreeing} of its ranks disagree already")
     if status.not_swappable:
         return Refusal(client.target.url, f"not swappable: {printable(status.not_swappable)}")
-    goal = await _listed(client, wish)
+    goal = await _listed(client, wish, status.task_model)
     if isinstance(goal, Refusal):
         return goal
     if wish.dry_run:
@@ -120,7 +120,7 @@ async def _verify(client: Client, wish: Wish) -> Verified | Refusal:
     return Verified(status, goal)
 
 
-async def _listed(client: Client, wish: Wish) -> Goal | Refusal:
+async def _listed(client: Client, wish: Wish, task: TaskModel) -> Goal | Refusal:
     """What a server's list says of the vector."""
     name = wish.safety_vector
     if name == NO_VECTOR:
@@ -135,9 +135,19 @@ async def _listed(client: Client, wish: Wish) -> Goal | Refusal:
     if found.fault is not None:
         return Refusal(client.target.url, f"'{name}' cannot be used: {printable(found.fault)}")
     if not found.planned:
-        return Refusal(client.target.url, f"'{name}' has no plan for its task model")
+        return Refusal(client.target.url, _no_plan(name, task))
     beta = wish.beta if wish.beta is not None else found.beta
     return Goal(safety_vector=name, vector_digest=found.digest, beta=beta)
+
+
+def _no_plan(name: str, task: TaskModel) -> str:
+    """With the command to run, as the server itself would say it of a swap."""
+    model, plan = printable(task.id), f"{task.fingerprint.removeprefix('blake3:')}.json"
+    return (
+        f"'{name}' has no plan for its task model: enchtable plan --task-model {model} "
+        f"--base-model BASE --safety-vector ROOT/{name} -o ROOT/{name}/plans/{plan}, "
+        "with ROOT for its vector root"
+    )
 
 
 def _disagreements(verified: dict[str, Verified], wish: Wish) -> list[Refusal]:
