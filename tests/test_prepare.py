@@ -8,9 +8,10 @@ import sys
 
 import models
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
-from enchtable_vllm.checkpoint import locate
+from enchtable_vllm.checkpoint import Checkpoint, locate
 from enchtable_vllm.errors import (
     ConfigError,
     EnchTableError,
@@ -18,8 +19,10 @@ from enchtable_vllm.errors import (
     MismatchError,
     SafetyVectorError,
 )
+from enchtable_vllm.merge import Ahead
 from enchtable_vllm.serving.config import LoaderConfig
-from enchtable_vllm.serving.prepare import prepare_model
+from enchtable_vllm.serving.merging import Merging
+from enchtable_vllm.serving.prepare import prepare_model, refuse_other_names, stored_format
 from enchtable_vllm.vector import build_vector
 
 
@@ -205,3 +208,52 @@ def test_importing_the_plugin_brings_in_neither_torch_nor_vllm():
         [sys.executable, "-c", code], check=True, capture_output=True, text=True, env=os.environ
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_a_model_that_would_pass_over_what_was_checked_is_refused(family):
+    """vLLM takes Mistral's config where both are there, and with it names of its own."""
+    checkpoint = Checkpoint(family.task, what="task model")
+    refuse_other_names(checkpoint, ["LlamaForCausalLM"])
+    with pytest.raises(ConfigError, match="--config-format hf"):
+        refuse_other_names(checkpoint, ["PixtralForConditionalGeneration"])
+
+
+def test_a_reader_of_every_file_is_refused_beside_files_that_were_not_checked(family, tmp_path):
+    folder = tmp_path / "task"
+    folder.mkdir()
+    tensors = load_file(family.task / "model.safetensors")
+    save_file(tensors, folder / "model-1.safetensors")
+    index = {"weight_map": dict.fromkeys(tensors, "model-1.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert stored_format(Checkpoint(folder), "runai_streamer") == "runai_streamer"
+    save_file(tensors, folder / "stale.safetensors")
+    assert stored_format(Checkpoint(folder), "auto") == "hf"
+    with pytest.raises(ConfigError, match=r"stale\.safetensors"):
+        stored_format(Checkpoint(folder), "runai_streamer")
+
+
+def test_tensors_are_made_ahead_in_the_order_of_the_files(family, tmp_path, monkeypatch):
+    """Of a sharded model vLLM reads one file after the other, not one layer after the other."""
+    names = sorted(load_file(family.task / "model.safetensors"))
+    folder = tmp_path / "task"
+    shutil.copytree(family.task, folder)
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    where = {name: f"model-{1 + (i % 2)}.safetensors" for i, name in enumerate(names)}
+    for file in set(where.values()):
+        save_file({n: t for n, t in tensors.items() if where[n] == file}, folder / file)
+    index = {"weight_map": where}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    found = prepared(folder)
+    asked = []
+
+    class Recorded(Ahead):
+        def __init__(self, make, sizes, *args, **options):
+            asked.extend(sizes)
+            super().__init__(make, sizes, *args, **options)
+
+    monkeypatch.setattr("enchtable_vllm.serving.merging.Ahead", Recorded)
+    Merging(found, torch.device("cpu"), reads_stored=True, verify_content=False).close()
+    merged = [name for name in names if name in found.resolved.coefficients]
+    assert asked == sorted(merged, key=lambda name: (where[name], name))
+    assert asked != merged

@@ -38,6 +38,7 @@ __all__ = [
     "ModelConfig",
     "VllmConfig",
     "all_weights",
+    "architectures",
     "hands_over_what_is_stored",
     "inner_loader",
     "is_draft",
@@ -164,6 +165,11 @@ def read_from(model_config: ModelConfig, folder: str) -> ModelConfig:
     pinned = copy.copy(model_config)
     pinned.model, pinned.revision = folder, None
     return pinned
+
+
+def architectures(model_config: ModelConfig) -> list[str]:
+    """Of the model that vLLM makes: by the config that it found, of two that may be there."""
+    return list(model_config.architectures)
 
 
 def target_device(vllm_config: VllmConfig) -> torch.device:

@@ -20,8 +20,21 @@ from enchtable_vllm.serving import compat, compat_swap, last_word, records, vers
 from enchtable_vllm.serving.choice import Choice, choose_at_start
 from enchtable_vllm.serving.config import LoaderConfig
 from enchtable_vllm.serving.merging import Merging
-from enchtable_vllm.serving.prepare import OpenTask, Prepared, open_task, prepare
-from enchtable_vllm.serving.room import Active, Room, enter, room_of
+from enchtable_vllm.serving.prepare import (
+    OpenTask,
+    Prepared,
+    open_task,
+    prepare,
+    refuse_other_names,
+)
+from enchtable_vllm.serving.room import (
+    Active,
+    Room,
+    enter,
+    merge_identity,
+    refuse_another,
+    room_of,
+)
 from enchtable_vllm.serving.spans import span
 from enchtable_vllm.serving.swap.describe import describe_active, describe_modules
 from enchtable_vllm.serving.swap.rank import WORKER_METHOD, answer
@@ -160,25 +173,29 @@ class EnchTableModelLoader(compat.BaseModelLoader):  # type: ignore[misc]  # vll
         checked before this returns.
 
         Raises:
-            EnchTableError: Something does not fit; the model has not been touched.
+            EnchTableError: Something does not fit, or is not what is served any more; the model
+                has not been touched.
         """
-        room = room_of(model)
-        found = self._find(model_config, _device_of(model), room.active.choice if room else None)
+        room, device = room_of(model), _device_of(model)  # a reload moves it to nowhere, soon
+        found = self._find(model_config, device, room.active.choice if room else None)
+        if room is not None:
+            refuse_another(room.active, merge_identity(found.prepared))
         pinned = compat.read_from(model_config, str(found.task.location.path))
         stored = compat.all_weights(self._inner, pinned, model)
         if found.prepared is None:
             _log.warning(_UNMERGED, model_config.model)
             return stored
-        return self._merged_anew(found.task, found.prepared, model, stored)
+        return self._merged_anew(found.task, found.prepared, model, device, stored)
 
     def _merged_anew(
         self,
         task: OpenTask,
         prepared: Prepared,
         model: torch.nn.Module,
+        device: torch.device,
         stored: Iterator[tuple[str, torch.Tensor]],
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        merging = self._begin(prepared, _device_of(model))
+        merging = self._begin(prepared, device)
         try:
             yield from self._merged(task, self._stream(prepared, merging, model), stored)
         finally:
@@ -203,6 +220,7 @@ class EnchTableModelLoader(compat.BaseModelLoader):  # type: ignore[misc]  # vll
         task = open_task(
             self.config, model_config.model, model_config.revision, self.load_config.download_dir
         )
+        refuse_other_names(task.checkpoint, compat.architectures(model_config))
         compat.pin_format(self._inner, task.load_format)
         choice = choice or choose_at_start(self.config, task)
         if choice.config is None:

@@ -42,7 +42,10 @@ class Merging:
         verify_content: bool,
     ) -> None:
         checkpoint, vector = prepared.task.checkpoint, prepared.vector
-        names = [name for name in checkpoint.tensors if name in prepared.resolved.coefficients]
+        names = sorted(  # as vLLM hands them over: one file after the other
+            (name for name in checkpoint.tensors if name in prepared.resolved.coefficients),
+            key=lambda name: (checkpoint.tensors[name].file, name),
+        )
         budget = max(_AHEAD_BYTES, 2 * max(checkpoint.nbytes(name) for name in names))
         on_gpu = device.type == "cuda"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,9 @@ from enchtable_vllm.serving.config import LoaderConfig
 from enchtable_vllm.signing import open_signed
 from enchtable_vllm.vector import SafetyVector
 from enchtable_vllm.vector.safety_vector import VECTOR_PATTERNS
+
+#: vLLM's class of Mistral's models that see.
+_BY_MISTRALS_NAMES = "PixtralForConditionalGeneration"
 
 
 @dataclass(frozen=True)
@@ -197,7 +201,39 @@ def stored_format(checkpoint: Checkpoint, chosen: str) -> str:
             got=f"'{chosen}'",
             fix=f'Leave it out, or set "inner_load_format": "{fitting}".',
         )
+    if chosen.startswith("runai") and set(checkpoint.layout.files) - set(checkpoint.files):
+        beside = sorted(set(checkpoint.layout.files) - set(checkpoint.files))
+        raise ConfigError(
+            "model_loader_extra_config, 'inner_load_format'",
+            expected=f"'{chosen}', which reads every safetensors file, in a folder without others",
+            got=f"'{beside[0]}', which '{checkpoint.layout.index_name}' does not name",
+            fix="Move the other files elsewhere, or leave 'inner_load_format' out.",
+        )
     return chosen
+
+
+def refuse_other_names(checkpoint: Checkpoint, architectures: Sequence[str]) -> None:
+    """Refuse files whose names the model that vLLM makes would pass over.
+
+    Beside ``params.json`` and Mistral's ``consolidated`` files, vLLM takes Mistral's config, and
+    of a model that sees the class that reads Mistral's names alone. It would take the language
+    model from the other files, which were checked, and leave the rest as memory was.
+
+    Args:
+        checkpoint: The task model.
+        architectures: vLLM's.
+
+    Raises:
+        ConfigError: They are such files.
+    """
+    if checkpoint.layout.kind != "consolidated" and _BY_MISTRALS_NAMES in architectures:
+        raise ConfigError(
+            checkpoint.what,
+            expected=f"Mistral's own weights, which '{_BY_MISTRALS_NAMES}' reads, and no others "
+            "beside them",
+            got=f"'{checkpoint.files[0]}'",
+            fix="Start with '--config-format hf', or move 'params.json' elsewhere.",
+        )
 
 
 def _find_plan(config: LoaderConfig, task: Location, cache_dir: str | None) -> Path:

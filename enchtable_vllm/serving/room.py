@@ -12,6 +12,7 @@ import torch
 from blake3 import blake3
 
 from enchtable_vllm.checkpoint import short
+from enchtable_vllm.errors import MismatchError
 from enchtable_vllm.merge import MergeReport
 from enchtable_vllm.merge.report import Rounding
 from enchtable_vllm.plan import ResolvedPlan
@@ -100,6 +101,22 @@ class Earlier:
     def of(cls, active: Active) -> Earlier:
         """Of what is still served."""
         return cls(active.choice, active.name, active.identity)
+
+
+def refuse_another(expected: Active | Earlier, found: dict[str, Any]) -> None:
+    """Refuse what has the name of something that was served, but not its identity.
+
+    Raises:
+        MismatchError: It has another.
+    """
+    if expected.identity != found:
+        raise MismatchError(
+            f"safety vector '{expected.name}'",
+            expected=f"what was merged before, {expected.identity}",
+            got=found,
+            fix="Its files were replaced since. Put them back, or give the new ones a name of "
+            "their own; going back exactly is not possible without them.",
+        )
 
 
 @dataclass

@@ -148,3 +148,21 @@ def test_a_chat_tells_the_version_it_ended_with(server):
         assert "X-Enchtable-Version" not in stream.headers
         *_, done, comment = [line for line in stream.text.splitlines() if line]
         assert (done, comment) == ("data: [DONE]", f": enchtable-version {version}")
+
+
+def test_a_reload_of_other_files_under_the_same_name_is_refused(server, root):
+    """Else the weights would be another vector's, and the status that of the one before."""
+    server.swapped("sv-b")
+    before, tokens = served(server), server.tokens()
+    plan = root.plan("sv-b")
+    text = plan.read_text()
+    live.add_plan(root, "sv-b", beta=0.25)
+    try:
+        body = {"method": "reload_weights"}
+        assert server.http.post("/collective_rpc", json=body).status_code >= 400
+        assert (served(server), server.tokens()) == (before, tokens)
+        assert any("Its files were replaced since" in line for line in server.lines("replaced"))
+    finally:
+        plan.write_text(text)
+    reload(server)
+    assert (served(server), server.tokens()) == (before, tokens)

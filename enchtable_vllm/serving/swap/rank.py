@@ -12,11 +12,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from enchtable_vllm.errors import MismatchError, NotSwappableError
+from enchtable_vllm.errors import NotSwappableError
 from enchtable_vllm.serving import compat, compat_swap
 from enchtable_vllm.serving.choice import Choice, choose
 from enchtable_vllm.serving.prepare import MADE_AHEAD, OpenTask, Prepared, open_task, prepare
-from enchtable_vllm.serving.room import Active, Earlier, Room, merge_identity, room_of
+from enchtable_vllm.serving.room import (
+    Active,
+    Earlier,
+    Room,
+    merge_identity,
+    refuse_another,
+    room_of,
+)
 from enchtable_vllm.serving.swap.describe import describe_active, describe_error, describe_modules
 from enchtable_vllm.serving.swap.probe import served_digest
 from enchtable_vllm.serving.swap.staging import (
@@ -326,11 +333,11 @@ class Rank:
             )
             self._refuse_lost(job.names())
             staged = job.run()
-            self._refuse_another(active, Active(choice, staged.old.report))
+            refuse_another(active, Active(choice, staged.old.report).identity)
             source = new.plan_source if new else MADE_AHEAD
             wanted = Active(choice, staged.new.report, source, signed_by)
             if swap.back_to is not None:
-                self._refuse_another(swap.back_to, wanted)
+                refuse_another(swap.back_to, wanted.identity)
             swap.wanted = wanted
             if not swap.cancelled.is_set():
                 swap.staged = staged
@@ -361,16 +368,6 @@ class Rank:
                 expected="weights that vLLM can reload; where there are experts, attention's",
                 got=why,
                 fix="Use a vector of scope 'attention', or a restart.",
-            )
-
-    def _refuse_another(self, expected: Active | Earlier, found: Active) -> None:
-        if expected.identity != found.identity:
-            raise MismatchError(
-                f"safety vector '{expected.name}'",
-                expected=f"what was merged before, {expected.identity}",
-                got=found.identity,
-                fix="Its files were replaced since. Put them back, or give the new ones a name of "
-                "their own; going back exactly is not possible without them.",
             )
 
 
