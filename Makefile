@@ -2,6 +2,9 @@
 VENV ?= .venv
 READY := $(VENV)/.ready
 BIN := $(VENV)/bin
+# Another beside it, for the GPU: with the torch that is there already, or else the newest.
+GPU_VENV ?= .venv-gpu
+GPU_READY := $(GPU_VENV)/.ready
 
 .PHONY: help setup system-deps demo test test-gpu test-slow test-matrix supported reference docs dist lint types format bench bench-gpu bench-plan bench-load bench-swap bench-serve bench-alternatives bench-transfer tables distill-demo fuzz clean screenshots
 help: ## Show this list.
@@ -13,6 +16,11 @@ $(READY): pyproject.toml deploy/cpu/install.sh deploy/cpu/vllm-on-cpu/pyproject.
 
 setup: $(READY) ## Make .venv.
 
+$(GPU_READY): pyproject.toml
+	@python3 -m venv --system-site-packages $(GPU_VENV)
+	@$(GPU_VENV)/bin/python -m pip install --quiet torch pytest pytest-timeout --editable '.[distill]'
+	@touch $@
+
 system-deps: ## Install what the tests need from the system: Debian's prometheus and chromium.
 	@bash deploy/system-deps.sh
 
@@ -22,11 +30,11 @@ demo: $(READY) ## Train, distil, plan, serve a real small model. KEEP=1 leaves i
 distill-demo: $(READY) ## The demo's models by the commands themselves, judged by the evaluation proper.
 	@$(BIN)/enchtable demo --measure
 
-test: $(READY) ## Run the tests: CPU only, real vLLM, a real small model.
-	@$(BIN)/python -m pytest
+test: $(READY) ## Run the tests: CPU only, real vLLM, a real small model. JOBS=1 for one file after the other.
+	@$(BIN)/python -m pytest --numprocesses $(or $(JOBS),2) --dist loadfile
 
-test-gpu: $(READY) ## Run the tests that need a CUDA device.
-	@$(BIN)/python -m pytest -m gpu
+test-gpu: $(GPU_READY) ## Run the tests that need a CUDA device, in an environment with a torch for it.
+	@$(GPU_VENV)/bin/python -m pytest -m gpu
 
 test-slow: $(READY) ## Run the tests that take minutes.
 	@$(BIN)/python -m pytest -m slow
@@ -35,9 +43,10 @@ bench: $(READY) ## Measure all that needs no GPU, 30 minutes; write the tables a
 	@$(BIN)/python -m benchmarks run --device cpu $(if $(FULL),--full); \
 	    code=$$?; $(MAKE) --no-print-directory tables && exit $$code
 
-bench-gpu: $(READY) ## Measure all that needs a CUDA device; without one it says so.
-	@$(BIN)/python -m benchmarks run --device cuda $(if $(FULL),--full); \
-	    code=$$?; $(MAKE) --no-print-directory tables && exit $$code
+bench-gpu: $(GPU_READY) ## Measure all that needs a CUDA device, in that environment; without one it says so.
+	@$(GPU_VENV)/bin/python -m benchmarks run --device cuda $(if $(FULL),--full); code=$$?; \
+	    $(GPU_VENV)/bin/python -m benchmarks tables && $(GPU_VENV)/bin/python -m benchmarks plot \
+	    && exit $$code
 
 bench-plan: $(READY) ## Measure planning against the algorithm as published. FULL=1
 	@$(BIN)/python -m benchmarks run plan $(if $(FULL),--full)

