@@ -102,10 +102,14 @@ def measure(options: Options) -> Iterator[Row]:
     for provider, rounds in found.items():
         for metric in rounds[0]:
             values = [figures[metric] for figures in rounds]
-            yield row("answer", provider, shape, "bf16", values, metric=metric, unit=unit(metric))
+            yield row(
+                "answer", provider, shape, served.DTYPE, values, metric=metric, unit=unit(metric)
+            )
     captured = (options.scratch / "captured").read_text().split()
     for rank, share in zip(options.ranks, captured, strict=True):
-        yield row("adapter", _lora(rank), _MODEL, "bf16", [float(share)], metric=_CAPTURED, unit="")
+        yield row(
+            "adapter", _lora(rank), _MODEL, served.DTYPE, [float(share)], metric=_CAPTURED, unit=""
+        )
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from benchmarks.harness.interval import ratio
 from benchmarks.harness.results import Results
@@ -14,9 +14,16 @@ from benchmarks.load_bounds import targets
 from benchmarks.load_worker import AUTO
 
 
-def _table(rows: Sequence[Row], what: str) -> Table:
-    """Times beside peaks, the times' ratio to plain vLLM's, and what is promised of both."""
-    plain = {row.what: row for row in rows if row.provider == AUTO}
+def _table(rows: Sequence[Row], what: str, whole: Sequence[Row] = ()) -> Table:
+    """Times beside peaks, the times' ratio to plain vLLM's, and what is promised of both.
+
+    Args:
+        rows: Of what is shown.
+        what: Its name.
+        whole: Of what it is a part of, if that is shown too.
+    """
+    plain = {row.what: row for row in (*rows, *whole) if row.provider == AUTO}
+    wholes = {(row.provider, row.shape): row for row in whole}
     peaks = {(row.provider, row.shape): row for row in rows if row.metric != "time"}
     timed = [row for row in rows if row.metric == "time"]
     found = list(targets(rows))
@@ -29,18 +36,26 @@ def _table(rows: Sequence[Row], what: str) -> Table:
             row.provider,
             shown(row.p50, "s"),
             str(ratio(row, plain[row.what])),
+            *_beside(wholes.get((row.provider, row.shape)), plain),
             shown(peaks[row.provider, row.shape].p50, "B"),
             cell(promised.get((row.provider, row.shape), ())),
         ]
         for row in timed
     ]
     note = tally([target for _, target in found])
-    return Table(["model", "by", what, "÷ auto", "peak", "target"], lines, rows, note)
+    beside = ["whole load", "÷ auto"] if whole else []
+    head = ["model", "by", what, "÷ auto", *beside, "peak", "target"]
+    return Table(head, lines, [*rows, *whole], note)
+
+
+def _beside(whole: Row | None, plain: Mapping[tuple[str, ...], Row]) -> list[str]:
+    return [] if whole is None else [shown(whole.p50, "s"), str(ratio(whole, plain[whole.what]))]
 
 
 def _weights(results: Results) -> Table:
-    rows = [row for row in results.published("load") if row.op == "load_weights"]
-    return _table(rows, "weights loaded in")
+    published = results.published("load")
+    rows = [row for row in published if row.op == "load_weights"]
+    return _table(rows, "weights loaded in", [row for row in published if row.op == "load_model"])
 
 
 def _ready(results: Results) -> Table:

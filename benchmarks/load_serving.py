@@ -14,7 +14,8 @@ from pathlib import Path
 import psutil
 
 from benchmarks.harness import Row, row
-from benchmarks.load_worker import AUTO, MERGED, Case
+from benchmarks.load_worker import AUTO, MERGED, Case, rotated
+from benchmarks.served import COMPUTES, DTYPE
 from enchtable_vllm.demo.server import Server, free_port
 
 
@@ -25,22 +26,22 @@ def until_ready(case: Case, providers: Sequence[str], starts: int, ranks: int) -
     """
     seconds: dict[str, list[float]] = {name: [] for name in providers}
     peaks: dict[str, list[float]] = {name: [] for name in seconds}
-    for _ in range(starts):
-        for provider in seconds:
+    for number in range(starts):
+        for provider in rotated(providers, number):
             took, each_rank = _start(case, provider, ranks)
             seconds[provider].append(took)
             peaks[provider] += each_rank
     shape = f"{case.name}, {ranks} rank{'s' * (ranks > 1)}"
     for provider, values in seconds.items():
-        yield row("api_ready", provider, shape, "bf16", values)
+        yield row("api_ready", provider, shape, DTYPE, values)
         yield row(
-            "api_ready", provider, shape, "bf16", peaks[provider], metric="peak of a rank", unit="B"
+            "api_ready", provider, shape, DTYPE, peaks[provider], metric="peak of a rank", unit="B"
         )
 
 
 def _start(case: Case, provider: str, ranks: int) -> tuple[float, list[float]]:
     """Seconds from the first command to a healthy API, and the peak of each rank."""
-    arguments = ["--dtype", "bfloat16", "--max-model-len", "128", "--max-num-seqs", "1",
+    arguments = ["--dtype", COMPUTES, "--max-model-len", "128", "--max-num-seqs", "1",
                  "--enforce-eager", "--skip-tokenizer-init", "-tp", str(ranks)]  # fmt: skip
     model, started = case.task, time.perf_counter()
     if provider == MERGED:

@@ -13,7 +13,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,7 +134,7 @@ def measure_loads(worker: Any, case: Case, plan: Plan) -> Found:
         torch.set_num_threads(threads)
         for cache, rounds in plan.rounds.items():
             for round_ in range(rounds + 1 if rounds else 0):
-                for provider in case.providers():
+                for provider in rotated(case.providers(), round_):
                     if cache == "cold":
                         evict([case.task, *(path for path, _ in case.vectors.values())])
                     readings = _readings(worker, case, provider)
@@ -148,6 +148,12 @@ def measure_loads(worker: Any, case: Case, plan: Plan) -> Found:
     return found
 
 
+def rotated(providers: Sequence[str], number: int) -> list[str]:
+    """Another first in each round: whoever comes after a load finds the machine as that left it."""
+    first = number % len(providers)
+    return [*providers[first:], *providers[:first]]
+
+
 def _readings(worker: Any, case: Case, provider: str) -> dict[str, float]:
     if provider == AUTO:
         return _load(worker, *_loader(worker, case.task, None))
@@ -159,6 +165,7 @@ def _readings(worker: Any, case: Case, provider: str) -> dict[str, float]:
         merged = case.merge(next(iter(case.vectors)))
         seconds = time.perf_counter() - started
     loaded = _load(worker, *_loader(worker, merged, None))
+    os.sync()  # what was written is not to be the next one's trouble
     return {
         "weights": seconds + loaded["weights"],
         "model": seconds + loaded["model"],

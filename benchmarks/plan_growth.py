@@ -89,15 +89,31 @@ class Pace:
 
     @property
     def besides(self) -> float:
-        """Seconds that the whole model took beyond its pairs; 0 where none was measured."""
+        """Seconds that the whole model took beyond its pairs; 0 where none was measured.
+
+        The difference of two figures that are near each other: noise may make it negative.
+        """
         if self.model is None:
             return 0.0
-        return self.model_seconds - self.all_pairs(_whole(self.model))
+        return max(0.0, self.model_seconds - self.all_pairs(_whole(self.model)))
 
     @property
     def besides_each(self) -> float:
         """The same for each of its parameters."""
         return self.besides / self.model.parameters if self.model else 0.0
+
+    def longest(self, shapes: Counter[Shape], measured: int, cores: int) -> float:
+        """Seconds on so many cores at least: a matrix is the work of one.
+
+        Args:
+            shapes: What is planned.
+            measured: Cores that worked at once, on a pair each, where pairs were measured.
+            cores: Those there are.
+        """
+        waves = {shape: math.ceil(count / cores) for shape, count in shapes.items()}
+        alone = {shape: self.pair_seconds(shape) * measured for shape in shapes}
+        spread = self.all_pairs(shapes) * measured / cores
+        return max(spread, *(alone[shape] * waves[shape] for shape in shapes))
 
     def plan_seconds(self, model: Architecture, shapes: Counter[Shape]) -> float:
         """Of a plan of these of a model's matrices."""

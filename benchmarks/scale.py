@@ -44,7 +44,7 @@ def _constants(results: Results) -> Table:
         ["plain weights, warm, a GB", _seconds(known.read * gigabyte)],
         ["what a GB of bf16 vector adds to it", _seconds(known.merge * gigabyte)],
         ["staging a swap, a GB of touched tensors", _seconds(known.stage * gigabyte)],
-        ["without an answer, a GB of touched tensors", _seconds(known.pause * gigabyte)],
+        ["standing still, a GB of touched tensors", _seconds(known.pause * gigabyte)],
     ]
     return Table(["measured", "on two cores"], lines, known.rows)
 
@@ -95,13 +95,13 @@ def _machine(results: Results) -> Table:
     figures: dict[str, _Figure] = {
         "plan, cold, on the machine measured": lambda c: _seconds(c.plan_seconds("cold")),
         "plan, cached, on the machine measured": lambda c: _seconds(c.plan_seconds("cached")),
-        f"plan, cached, on {cores} such cores": lambda c: _seconds(
+        f"plan, cached, `--jobs {cores}` on as many such cores": lambda c: _seconds(
             c.plan_seconds("cached", cores=cores)
         ),
         f"load: plain weights, each of {RANKS} ranks its part": lambda c: _seconds(c.load_seconds),
         "load: what merging adds on each rank": lambda c: _seconds(c.added_seconds),
         "swap: staging, while it serves": lambda c: _seconds(c.staging_seconds),
-        "swap: without an answer": lambda c: _seconds(c.paused_seconds),
+        "swap: standing still": lambda c: _seconds(c.paused_seconds),
         "swap: host memory of the machine": lambda c: _bytes(c.staged_bytes),
     }
     return _table(costs, figures, costs[0].known.rows, _MODELLED)

@@ -50,7 +50,7 @@ class Constants:
         read: Seconds for a byte of plain weights, warm.
         merge: Seconds that a byte of a bf16 vector adds to it: reading, hashing, adding.
         stage: Seconds of staging for a byte of the tensors that a swap touches.
-        pause: Seconds without an answer, likewise.
+        pause: Seconds of standing still, likewise.
         cores: Of the machine on which pairs were planned.
         rows: Where they come from.
     """
@@ -80,7 +80,7 @@ class Constants:
         )
         stage, pause = (
             _only(swapped, "swap", "enchtable", metric, ".*")
-            for metric in ("staging", "without an answer")
+            for metric in ("staging", "standing still")
         )
         touched = _BF16 * SMOLLM2_135M.attention_parameters
         machine = re.search(r"(\d+) cores?$", planned[0].device)
@@ -136,8 +136,12 @@ class Costs:
     def plan_seconds(self, provider: str, *, cores: int | None = None) -> float:
         """Of a plan on the machine that was measured, or on so many cores like its own."""
         pace = self.known.cold if provider == "cold" else self.known.cached
-        seconds = pace.plan_seconds(self.model, self.model.attention())
-        return seconds * self.known.cores / (cores or self.known.cores)
+        shapes = self.model.attention()
+        seconds = pace.plan_seconds(self.model, shapes)
+        if cores is None:
+            return seconds
+        besides = (seconds - pace.all_pairs(shapes)) * self.known.cores / cores
+        return besides + pace.longest(shapes, self.known.cores, cores)
 
     @property
     def load_seconds(self) -> float:

@@ -20,13 +20,16 @@ from safetensors.torch import save_file
 
 from benchmarks.models import plan_without_interference, random_vector, task_model
 from enchtable_vllm.checkpoint import Checkpoint, Location, sampled_fingerprint
-from enchtable_vllm.demo.server import Server, free_port
+from enchtable_vllm.demo.server import Server, free_port, served_dtype
 from enchtable_vllm.merge import merge_checkpoint
 from enchtable_vllm.plan import read_plan, resolve_plan
 from enchtable_vllm.plan.vector_root import plan_path
 
 T = TypeVar("T")
 
+#: For ``--dtype``: in bf16 only where the processor has instructions for it; and its short name.
+COMPUTES = served_dtype()
+DTYPE = {"bfloat16": "bf16", "float32": "fp32"}[COMPUTES]
 #: The name of the vector in its root.
 VECTOR = "sv"
 _TOKEN = "the-token-of-this-benchmark"
@@ -152,7 +155,7 @@ def server(
     return Server(
         model,
         [
-            "--dtype", "bfloat16", "--max-model-len", "512", "--max-num-seqs", "16",
+            "--dtype", COMPUTES, "--max-model-len", "512", "--max-num-seqs", "16",
             "--disable-uvicorn-access-log", *mode, *arguments,
         ],
         log,

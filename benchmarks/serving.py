@@ -58,6 +58,7 @@ _LAYERS = 2
 _REQUESTS_OF_A_CLIENT = 2
 #: What two starts differ by is more than its noise: it needs fewer rounds.
 _PAIRS_OF_A_PLAIN_ROUND = 3
+_LEAST_STARTS = 2
 _PLANT = "plant"
 _STARTS = re.compile(r", (\d+) starts?$")
 
@@ -204,7 +205,7 @@ def _rounds(
 
 def _offline(case: served.Case, kind: Offline, options: Options) -> Iterator[Row]:
     ask = _ask(options, max(options.clients))
-    engine = ["--dtype", "bfloat16", "--max-model-len", "512", "--enforce-eager"]
+    engine = ["--dtype", served.COMPUTES, "--max-model-len", "512", "--enforce-eager"]
     found: dict[str, list[Figures]] = defaultdict(list)
     for pair in range(options.offline):
         for name in _turn((PLAIN, _OURS), pair):
@@ -218,7 +219,7 @@ def _offline(case: served.Case, kind: Offline, options: Options) -> Iterator[Row
 def _rows(op: str, provider: str, shape: str, rounds: Sequence[Figures]) -> Iterator[Row]:
     for metric in rounds[0]:
         values = [figures[metric] for figures in rounds]
-        yield row(op, provider, shape, "bf16", values, metric=metric, unit=unit(metric))
+        yield row(op, provider, shape, served.DTYPE, values, metric=metric, unit=unit(metric))
 
 
 def _turn(names: tuple[str, ...], number: int) -> tuple[str, ...]:
@@ -243,7 +244,10 @@ def comparisons(rows: Sequence[Row]) -> Iterator[tuple[Row, Row, str, str]]:
                 starts = _STARTS.search(one.shape)
                 blocks = int(starts[1]) if starts else 1
                 ratio = paired_ratio(
-                    _beside(one.samples, theirs.samples, blocks), theirs.samples, blocks
+                    _beside(one.samples, theirs.samples, blocks),
+                    theirs.samples,
+                    blocks,
+                    least_blocks=_LEAST_STARTS if one.op == "serve" and peer == PLAIN else 1,
                 )
                 claimed = peer == PEER and one.op == "serve" and one.metric in CLAIMED
                 yield one, theirs, _shown(ratio), verdict(ratio, LEAST, MOST) if claimed else ""

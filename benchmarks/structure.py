@@ -128,7 +128,7 @@ def _tensors(model: Any) -> list[str]:
 def _digest(tensor: Any) -> str:
     import torch
 
-    return _sha256(tensor.detach().contiguous().view(torch.uint8).numpy())
+    return _sha256(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
 
 
 def _sha256(data: Any) -> str:

@@ -60,8 +60,8 @@ LINES = (
          "enchtable bf16", "merge to disk, then auto"),
     Line("until a 135M model's API is ready", "load", "api_ready", "time", ".*, 1 rank",
          "enchtable bf16", "auto"),
-    Line("without an answer while the vector changes, 135M", "swap", "swap", "without an answer",
-         ".*", "enchtable", "restart"),
+    Line("longest wait for a token while the vector changes, 135M", "swap", "swap",
+         "wait of a stream", ".*", "enchtable", "restart"),
     Line("adding 256 MiB of delta to bf16 weights on a GPU", "kernels-cuda", "fused_add", "time",
          r"256 MiB, bf16 \+ bf16", "fused_add", "copy"),
 )  # fmt: skip

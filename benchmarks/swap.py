@@ -6,7 +6,8 @@ back and forth: how long generation takes to stop (the step that it is in), how 
 still, the longest wait for a next token that a swap caused, how long staging takes meanwhile and
 the whole swap; and how long a restart is away, from the signal that ends the old server to the new
 one's first answer; and how long a server of plain vLLM stands still while it reads the same weights
-anew, all of them, from a merge that was written to disk. For each, how many requests of those
+anew, all of them, from a merge that was written to disk. For each, how long the stream waited for a
+token, which is what a client sees, the requests read anew among it, and how many requests of those
 clients were lost, who ask again after a second. ``soak`` goes on to as many swaps, and sees how
 memory and requests fare.
 
@@ -17,6 +18,7 @@ whole, and come from one vector or the other.
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -35,6 +37,7 @@ from benchmarks.harness.interval import ratio
 from benchmarks.harness.results import Results
 from benchmarks.harness.tables import Table
 from benchmarks.harness.units import shown
+from benchmarks.served import DTYPE
 from benchmarks.swap_server import NAMES, Load, SwapServer, served, under_load
 from enchtable_vllm.demo.server import free_port
 
@@ -48,16 +51,18 @@ _OURS, _SHAPE = "enchtable", "SmolLM2-135M-Instruct, attention"
 #: What an answer says it took → the metric; and what a client saw.
 _ANSWERED = {
     "pausing": "pausing",
-    "paused": "without an answer",
+    "paused": "standing still",
     "staging": "staging",
     "swap": "whole",
 }
 _STOOD_STILL = _ANSWERED["paused"]
-_WAIT = "wait"
+_WAIT, _LISTENED = "wait", "wait of a stream"
 _SETTLED_AFTER = 5
 _WARM_UP_SECONDS = 60.0
 #: The clients' first answers have come by then.
 _BEFORE_A_RESTART_SECONDS = 3.0
+#: The stream that was lost has been asked for again, and answers.
+_AFTER_A_RESTART_SECONDS = 5.0
 
 
 class Options(BaseOptions):
@@ -104,7 +109,7 @@ def measure(options: Options) -> Iterator[Row]:
     with ExitStack() as last:
         port = free_port()
         server = last.enter_context(served(task, options.scratch, NAMES[0], port))
-        away = []
+        away, waits = [], []
         with under_load(server) as load:
             for number in range(1, options.restarts + 1):
                 time.sleep(_BEFORE_A_RESTART_SECONDS)
@@ -113,8 +118,12 @@ def measure(options: Options) -> Iterator[Row]:
                 server = last.enter_context(
                     served(task, options.scratch, NAMES[number % len(NAMES)], port)
                 )
-                away.append(time.perf_counter() - began)
-        yield row("swap", PEER, _SHAPE, "bf16", away, metric=_STOOD_STILL)
+                ended = time.perf_counter()
+                away.append(ended - began)
+                time.sleep(_AFTER_A_RESTART_SECONDS)
+                waits.append(_heard(load, began, ended))
+        yield row("swap", PEER, _SHAPE, DTYPE, away, metric=_STOOD_STILL)
+        yield row("swap", PEER, _SHAPE, DTYPE, waits, metric=_LISTENED)
         yield from _requests(PEER, _count(options.restarts, "restart"), load)
         with under_load(server) as load:
             yield from _swaps(server, options.swaps, load)
@@ -123,6 +132,14 @@ def measure(options: Options) -> Iterator[Row]:
         _demand_whole(load)
         yield from _requests(_OURS, _count(options.swaps + options.soak, "swap"), load)
     yield from _reloads(options)
+
+
+def _heard(load: Load, began: float, ended: float) -> float:
+    """How long the stream waited for a token meanwhile."""
+    silence = load.silence(began, ended)
+    if silence is None:
+        raise NotVerified("a stream", expected="tokens, before and after", got="none", fix="")
+    return silence
 
 
 def _requests(provider: str, during: str, load: Load) -> Iterator[Row]:
@@ -145,9 +162,11 @@ def _reloads(options: Options) -> Iterator[Row]:
             )  # fmt: skip
         times, load = swap_reload.timed(server, options.scratch, options.reloads)
     _demand_no_failure(load)
-    pausing, paused = zip(*times, strict=True)
-    yield row("swap", RELOAD, _SHAPE, "bf16", pausing, metric=_ANSWERED["pausing"])
-    yield row("swap", RELOAD, _SHAPE, "bf16", paused, metric=_STOOD_STILL)
+    pausing, paused, began, ended = zip(*times, strict=True)
+    waits = [_heard(load, *moments) for moments in zip(began, ended, strict=True)]
+    yield row("swap", RELOAD, _SHAPE, DTYPE, pausing, metric=_ANSWERED["pausing"])
+    yield row("swap", RELOAD, _SHAPE, DTYPE, paused, metric=_STOOD_STILL)
+    yield row("swap", RELOAD, _SHAPE, DTYPE, waits, metric=_LISTENED)
     yield from _requests(RELOAD, _count(options.reloads, "reload"), load)
 
 
@@ -164,14 +183,13 @@ def _swaps(server: SwapServer, count: int, load: Load) -> Iterator[Row]:
             found[key].append(answer[f"{key}_seconds"])
         time.sleep(0.5)  # the next token has come by then
         stopped = answer["pausing_seconds"] + answer["paused_seconds"]
-        if (wait := load.longest_wait(answered - stopped, answered)) is not None:
-            found[_WAIT].append(wait)
+        found[_WAIT].append(_heard(load, answered - stopped, answered))
     _demand_whole(load)
-    for key, metric in {**_ANSWERED, _WAIT: "wait of a stream"}.items():
+    for key, metric in {**_ANSWERED, _WAIT: _LISTENED}.items():
         if found[key]:
-            yield row("swap", _OURS, _SHAPE, "bf16", found[key], metric=metric)
-    usual = [after - before for before, after in load.waits]
-    yield row("swap", "no swap", _SHAPE, "bf16", usual, metric="wait of a stream")
+            yield row("swap", _OURS, _SHAPE, DTYPE, found[key], metric=metric)
+    usual = [after - before for before, after in itertools.pairwise(load.heard)]
+    yield row("swap", "no swap", _SHAPE, DTYPE, usual, metric=_LISTENED)
 
 
 def _demand_no_failure(load: Load) -> None:
@@ -198,7 +216,7 @@ def _soak(server: SwapServer, swaps: int, load: Load) -> Iterator[Row]:
         (f"after {_SETTLED_AFTER} swaps", settled),
         ("at the end", server.settled_bytes()),
     ):
-        yield row("soak", _OURS, f"{_SHAPE}, {when}", "bf16", [value], metric="memory", unit="B")
+        yield row("soak", _OURS, f"{_SHAPE}, {when}", DTYPE, [value], metric="memory", unit="B")
 
 
 def bounds(rows: list[Row]) -> Iterator[str]:

@@ -63,11 +63,19 @@ def answers(server: ReloadServer, folder: Path) -> dict[str, list[float]]:
     return found
 
 
-def timed(server: ReloadServer, folder: Path, count: int) -> tuple[list[tuple[float, float]], Load]:
-    """Reloads back and forth under the load that swaps are under, and what the clients saw."""
+def timed(
+    server: ReloadServer, folder: Path, count: int
+) -> tuple[list[tuple[float, float, float, float]], Load]:
+    """Reloads back and forth under the load that swaps are under, and what the clients saw.
+
+    Returns:
+        Of each, what `ReloadServer.reload` returns, and when it began and ended; seconds.
+    """
     with under_load(server) as load:
         found = []
         for number in range(count):
-            found.append(server.reload(merged(folder, NAMES[1 - number % 2])))
+            began = time.perf_counter()
+            stopped = server.reload(merged(folder, NAMES[1 - number % 2]))
+            found.append((*stopped, began, time.perf_counter()))
             time.sleep(0.5)
     return found, load

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import statistics
@@ -16,6 +17,7 @@ import httpx
 import psutil
 
 from benchmarks.models import plan_without_interference, random_vector, task_model
+from benchmarks.served import COMPUTES
 from enchtable_vllm.checkpoint import Checkpoint, Location, sampled_fingerprint
 from enchtable_vllm.demo.server import Server, free_port
 from enchtable_vllm.merge import merge_checkpoint
@@ -34,7 +36,7 @@ _TOKEN = "the-token-of-this-benchmark"
 _MOST_BATCHED_TOKENS = 64
 #: Arguments of every server that is compared.
 ENGINE = [
-    "--dtype", "bfloat16", "--max-model-len", "512", "--enforce-eager",
+    "--dtype", COMPUTES, "--max-model-len", "512", "--enforce-eager",
     "--disable-uvicorn-access-log",
     # All of the KV cache is in use soon: its memory is the server's when touched.
     "--num-gpu-blocks-override", "256",
@@ -143,14 +145,16 @@ class Load:
         self.failures: list[str] = []
         self.versions: set[str] = set()
         self.of_any_length = False
-        #: When a stream had a token before, and when it got its next one.
-        self.waits: list[tuple[float, float]] = []
+        #: When the one who reads got a token.
+        self.heard: list[float] = []
 
-    def longest_wait(self, began: float, ended: float) -> float | None:
-        """For a next token, of those waits that were going on between two moments."""
-        within = [
-            after - before for before, after in self.waits if after > began and before < ended
-        ]
+    def silence(self, began: float, ended: float) -> float | None:
+        """The longest wait for a token, of those that were going on between two moments.
+
+        Of the one who reads; where the request was lost, until the first token of the next.
+        """
+        gaps = itertools.pairwise(sorted(self.heard))
+        within = [after - before for before, after in gaps if after > began and before < ended]
         return max(within, default=None)
 
 
@@ -200,15 +204,13 @@ def _ask(http: httpx.Client, question: dict[str, Any], seen: Load) -> None:
 
 def _listen(http: httpx.Client, question: dict[str, Any], seen: Load) -> None:
     question |= {"max_tokens": 256, "stream": True}
-    before, last = None, {}
+    last = {}
     with http.stream("POST", "/v1/completions", json=question) as answer:
         answer.raise_for_status()
         for line in answer.iter_lines():
             if line.startswith("data: {"):
-                now = time.perf_counter()
-                if before is not None:
-                    seen.waits.append((before, now))
-                before, last = now, json.loads(line.removeprefix("data: "))
+                seen.heard.append(time.perf_counter())
+                last = json.loads(line.removeprefix("data: "))
     ended = [choice["finish_reason"] for choice in last.get("choices", ())]
     if ended != ["length"]:
         raise RequestLost(f"a stream that ends with {last}")

@@ -67,8 +67,9 @@ def results(tmp_path):
     swaps = [
         row("swap", provider, "SmolLM2-135M-Instruct, attention", "bf16", [seconds], metric=metric)
         for provider, metric, seconds in (
-            ("enchtable", "without an answer", 0.1), ("enchtable", "staging", 0.5),
-            ("restart", "without an answer", 25.0),
+            ("enchtable", "standing still", 0.1), ("enchtable", "staging", 0.5),
+            ("restart", "standing still", 25.0), ("enchtable", "wait of a stream", 0.3),
+            ("restart", "wait of a stream", 26.0),
         )
     ]  # fmt: skip
     requests = [

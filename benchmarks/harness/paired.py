@@ -23,21 +23,25 @@ LEAST_PAIRS = 6
 Verdict = Literal["holds", "fails", "undecided"]
 
 
-def paired_ratio(ours: Sequence[float], theirs: Sequence[float], blocks: int = 1) -> Ratio:
+def paired_ratio(
+    ours: Sequence[float], theirs: Sequence[float], blocks: int = 1, *, least_blocks: int = 1
+) -> Ratio:
     """Ours / theirs: the trimmed geometric mean of the ratios within pairs.
 
     Args:
         ours: In the order of the turns.
         theirs: The turns beside them.
         blocks: So many stretches of equal length, one after the other.
+        least_blocks: Of fewer there is no interval: between two servers, what their starts differ
+            by is more than what pairs do.
 
     Returns:
         With its 95% interval: a percentile bootstrap that draws blocks, and in each its pairs,
-        which makes it rather too wide than too narrow; without one where pairs are too few.
+        which makes it rather too wide than too narrow; without one where either are too few.
     """
     ratios = np.log(np.asarray(ours) / np.asarray(theirs)).reshape(blocks, -1)
     value = float(np.exp(_middle(ratios.reshape(-1))))
-    if ratios.size < LEAST_PAIRS:
+    if ratios.size < LEAST_PAIRS or blocks < least_blocks:
         return Ratio(value)
     generator = np.random.default_rng(0)
     drawn = generator.integers(blocks, size=(RESAMPLES, blocks, 1))

@@ -43,14 +43,18 @@ def stamped(rows: Iterable[Row], device: Device, typed: str) -> list[Row]:
 
 
 def machine(device: Device) -> str:
-    """The processor and how much of it this process may use, or the GPU."""
-    if device == "cuda":
-        import torch
+    """The GPU; or the processor and how much of it this process may use, with the GPU beside it.
 
-        name: str = torch.cuda.get_device_name()
-        return name
+    vLLM serves on a GPU wherever there is one, whatever a benchmark needs.
+    """
+    import torch
+
+    gpu: str = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    if device == "cuda":
+        return gpu
     cores = len(os.sched_getaffinity(0))
-    return f"{_processor()}, {cores} core{'s' * (cores != 1)}"
+    processor = f"{_processor()}, {cores} core{'s' * (cores != 1)}"
+    return f"{gpu}, {processor}" if gpu else processor
 
 
 def _processor() -> str:

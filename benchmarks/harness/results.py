@@ -28,14 +28,19 @@ class Results:
     def published(self, name: str) -> list[Row]:
         """Of the newest run of each standard command; of two for the same thing, the newer.
 
+        Runs on another machine, or of other code, than the newest are left out: a ratio of their
+        rows would be one of machines.
+
         Raises:
             NotMeasured: There is none.
         """
         rows = self.of(name)
         found: dict[tuple[str, ...], Row] = {}
         runs = [newest([r for r in rows if r.command == c]) for c in standard_commands(name)]
-        for run in sorted(filter(None, runs), key=lambda run: run[0].utc):
-            found |= {(row.provider, *row.what): row for row in run}
+        ordered = sorted(filter(None, runs), key=lambda run: run[0].utc)
+        for run in ordered:
+            if _made_by(run) == _made_by(ordered[-1]):
+                found |= {(row.provider, *row.what): row for row in run}
         if not found:
             raise NotMeasured(
                 f"results of '{name}'",
@@ -48,6 +53,10 @@ class Results:
     def of(self, name: str) -> list[Row]:
         """All rows of a benchmark, the oldest first."""
         return read(self.folder / f"{name}.csv")
+
+
+def _made_by(run: Sequence[Row]) -> tuple[str, ...]:
+    return run[0].device, run[0].versions, run[0].git_sha
 
 
 def newest(rows: Sequence[Row]) -> list[Row]:
