@@ -138,7 +138,8 @@ def test_published_is_the_newest_run_of_a_command_that_pages_name(tmp_path):
     append(rows, tmp_path / "x.csv")
     found = {one.shape: one.p50 for one in Results(tmp_path).published("x")}
     assert found == {"a": 2.0, "b": 4.0}
-    append([make(values=[6.0], utc="3", shape="a", device="another")], tmp_path / "x.csv")
+    elsewhere = dataclasses.replace(make(values=[6.0], utc="3", shape="a"), device="another")
+    append([elsewhere], tmp_path / "x.csv")
     found = {one.shape: one.p50 for one in Results(tmp_path).published("x")}
     assert found == {"a": 6.0}
     with pytest.raises(NotMeasured, match="python -m benchmarks run y"):

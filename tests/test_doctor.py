@@ -68,15 +68,20 @@ def distribution(folder, name, files=(), version="9.0", **entry_points):
 def test_a_healthy_environment_root_and_model(family, tmp_path):
     root = tmp_path / "root"
     shutil.copytree(family.vector, root / "sv")
+    planned_for = json.loads(family.plan.read_text())["task_model"]["fingerprint"]
+    plan = root / "sv" / "plans" / f"{planned_for.removeprefix('blake3:')}.json"
+    plan.parent.mkdir()
+    shutil.copyfile(family.plan, plan)
     found = doctor("--vector-root", root, "--model", family.task, code=0)
     assert {name: finding["status"] for name, finding in found.items()} == dict.fromkeys(
         ["environment variables", "torch", "vLLM", "vLLM version", "plugin", "swapping",
-         "fused addition", "cache", f"vector root '{root}'", "vector 'sv'", "model", "dry run"],
+         "fused addition", "cache", f"vector root '{root}'", "vector 'sv'", "model",
+         "dry run, 'sv'"],
         "ok",
     )  # fmt: skip
     assert found["vLLM version"]["found"].endswith("tested")
     assert found["plugin"]["found"] == "a fresh process knows '--load-format enchtable'"
-    assert "would merge 8 and keep 13 tensors" in found["dry run"]["found"]
+    assert "would merge 8 and keep 13 tensors" in found["dry run, 'sv'"]["found"]
     assert not any(finding["cause"] or finding["cure"] for finding in found.values())
 
 
@@ -335,14 +340,14 @@ def test_a_root_with_what_this_user_cannot_read(family, inside):
 
 def test_a_root_with_damaged_vectors(family, tmp_path):
     root = tmp_path / "root"
-    for name in ("good", "no manifest", "truncated"):
+    for name in ("good", "no-manifest", "truncated"):
         shutil.copytree(family.vector, root / name)
-    (root / "no manifest" / "safety_vector.json").unlink()
+    (root / "no-manifest" / "safety_vector.json").unlink()
     weights = root / "truncated" / "safety_vector.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
     found = {finding.name: finding for finding in check_vector_root(root)}
     assert found["vector 'good'"].status == "ok"
-    assert found["vector 'no manifest'"].cause.startswith("SafetyVectorError: expected a file")
+    assert found["vector 'no-manifest'"].cause.startswith("SafetyVectorError: expected a file")
     assert "truncated or corrupt" in found["vector 'truncated'"].cure
     assert found["vector 'truncated'"].status == "fail"
 

@@ -63,9 +63,12 @@ def test_dry_run_of_a_root_is_what_a_server_takes_from_it(family, tmp_path):
     _, *found = dry_run(Question(str(family.task), vector_root=str(root.path)))
     by_name = {finding.name: finding for finding in found}
     unplanned = by_name["dry run, 'sv-unplanned'"]
-    assert unplanned.status == "fail"
+    assert unplanned.status == "warn"
     assert f"-o {root.plan('sv-unplanned')}" in unplanned.cure
     assert "dry run, 'lost+found'" not in by_name
+    named = Question(str(family.task), "sv-unplanned", vector_root=str(root.path))
+    assert dry_run(named)[1].status == "fail"
+    assert by_name["dry run, 'sv-a'"].status == "ok"
     found = dry_run(Question(str(family.task), "sv-ffn", vector_root=str(root.path)))
     assert (found[1].status, "scope ffn" in found[1].found) == ("ok", True)
     computed = Question(str(family.task), "sv-unplanned", str(family.base), None, str(root.path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 
 from enchtable_vllm.checkpoint import Checkpoint, locate, nothing_downloaded, short
 from enchtable_vllm.doctor.finding import Finding
-from enchtable_vllm.errors import EnchTableError
+from enchtable_vllm.errors import EnchTableError, NoPlanError
 from enchtable_vllm.plan import PLAN_FILE
 from enchtable_vllm.plan.classify import classify
 from enchtable_vllm.plan.vector_root import NO_VECTOR, VectorRoot
@@ -86,10 +87,21 @@ def _from_root(config: LoaderConfig, task: Checkpoint, folder: Path) -> Iterator
     """As a server chooses that takes its vectors from a root: plans are theirs, not the model's."""
     assert config.vector_root is not None
     opened = open_task(config, str(folder), None, None)
-    asked = config.safety_vector
-    for name in [asked] if asked else VectorRoot(config.vector_root).names():
-        one = config.model_copy(update={"safety_vector": name})
-        yield from _refused_if(f"dry run, '{name}'", _chosen(one, task, opened))
+    if config.safety_vector is not None:
+        yield from _chosen(config, task, opened)
+        return
+    for name in VectorRoot(config.vector_root).names():
+        what, one = f"dry run, '{name}'", config.model_copy(update={"safety_vector": name})
+        for finding in _refused_if(what, _unplanned_said(what, _chosen(one, task, opened))):
+            yield dataclasses.replace(finding, name=what)
+
+
+def _unplanned_said(what: str, findings: Iterable[Finding]) -> Iterator[Finding]:
+    """A root may hold vectors of other models, too."""
+    try:
+        yield from findings
+    except NoPlanError as error:
+        yield dataclasses.replace(Finding.refused(what, error), status="warn")
 
 
 def _chosen(config: LoaderConfig, task: Checkpoint, opened: OpenTask) -> Iterator[Finding]:
