@@ -21,14 +21,17 @@ from benchmarks.architectures import (
 from benchmarks.harness.compare import against, between
 from benchmarks.harness.interval import Ratio, ratio, ratio_of_medians
 from benchmarks.harness.options import Options, parse
+from benchmarks.harness.paired import paired_ratio
 from benchmarks.harness.provenance import command, git_sha, stamped
 from benchmarks.harness.results import NotMeasured, Results, chosen
 from benchmarks.harness.rows import FIELDS, MOST_SAMPLES, append, read, row
 from benchmarks.harness.timing import interleaved
 from benchmarks.harness.units import shown
 from benchmarks.load_bounds import targets
+from benchmarks.load_worker import rotated
 from benchmarks.page_cache import evict, resident_bytes
 from benchmarks.plan_growth import Pace, growth, operations
+from benchmarks.swap_server import Load
 from enchtable_vllm.errors import ConfigError
 
 
@@ -194,6 +197,42 @@ def test_a_shape_that_was_measured_is_not_modelled():
         50 * operations((2000, 2000), "cold") / operations((1000, 1000), "cold")
     )
     assert found == pytest.approx(400)  # all terms are cubic in a square's side
+
+
+def test_more_cores_than_matrices_are_no_help():
+    """A pair of two seconds, measured with two at once, is four seconds of one core's work."""
+    pace = Pace("cold", {(1000, 1000): 2.0, (100, 1000): 0.01})
+    shapes = Counter({(1000, 1000): 8, (100, 1000): 4})
+    assert pace.longest(shapes, 2, 2) == pytest.approx(8 * 2.0 + 4 * 0.01)
+    assert pace.longest(shapes, 2, 4) == pytest.approx(8 * 1.0 + 4 * 0.005)
+    assert pace.longest(shapes, 2, 5) == pytest.approx(2 * 4.0)  # two waves: the second has three
+    assert pace.longest(shapes, 2, 96) == pytest.approx(4.0)
+
+
+def test_what_a_model_took_besides_is_never_less_than_nothing():
+    rows = [row("plan", "cold", f"{shape} decaying", "fp32", [2.0]) for shape in ("24x72", "72x72")]
+    rows.append(row("plan", "cold", "model of 2 layers, 72 wide", "fp32", [1.0]))
+    assert Pace.of(rows, "cold").besides == 0
+
+
+def test_each_provider_is_first_in_turn():
+    assert [rotated("abc", n) for n in range(4)] == [list(x) for x in ("abc", "bca", "cab", "abc")]
+
+
+def test_two_servers_of_one_start_have_no_interval():
+    """Their starts differ by more than their rounds do."""
+    ours, theirs = [1.0, 1.1] * 6, [1.0] * 12
+    assert paired_ratio(ours, theirs).low is not None
+    assert paired_ratio(ours, theirs, least_blocks=2).low is None
+    assert paired_ratio(ours, theirs, 2, least_blocks=2).low is not None
+
+
+def test_a_silence_is_until_the_next_token_whoever_lost_the_request():
+    load = Load()
+    load.heard += [1.0, 1.1, 9.0, 9.1, 9.2]
+    assert load.silence(1.5, 8.0) == pytest.approx(7.9)
+    assert load.silence(9.05, 9.15) == pytest.approx(0.1)
+    assert load.silence(9.3, 9.9) is None
 
 
 @pytest.mark.parametrize(("provider", "read"), [("cached", "all"), ("authors' algorithm", "scope")])

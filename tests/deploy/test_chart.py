@@ -229,6 +229,12 @@ def test_wrong_values_are_refused_by_name(dotted, value, says):
     assert says in str(refused.value)
 
 
+def test_what_is_downloaded_into_each_pod_holds_no_current():
+    values = changed(VALUES["hub"], "vectors.active", "@current")
+    with pytest.raises(helm().HelmError, match=r"Give 'vectors\.volume'"):
+        render(values)
+
+
 def test_a_volume_and_a_download_exclude_each_other():
     values = changed(VALUES["hub"], "vectors.volume", {"emptyDir": {}})
     with pytest.raises(helm().HelmError, match="got both"):

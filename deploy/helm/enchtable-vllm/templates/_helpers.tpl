@@ -58,7 +58,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- if and .vectors.volume .vectors.download }}
 {{- fail "values, 'vectors': expected 'volume' or 'download', got both. Download into the volume yourself, once, or let each pod download into its own." }}
 {{- end }}
-{{- if and (eq .vectors.active "@current") (not (or .vectors.volume .vectors.download)) }}
+{{- if and (eq .vectors.active "@current") (not .vectors.volume) }}
 {{- fail "values, 'vectors.active': expected '@current' with a root that holds current.json, got none. Give 'vectors.volume'." }}
 {{- end }}
 {{- if and .autoscaling.enabled (lt (int .autoscaling.maxReplicas) (int .autoscaling.minReplicas)) }}
