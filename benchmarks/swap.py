@@ -61,8 +61,7 @@ _SETTLED_AFTER = 5
 _WARM_UP_SECONDS = 60.0
 #: The clients' first answers have come by then.
 _BEFORE_A_RESTART_SECONDS = 3.0
-#: The stream that was lost has been asked for again, and answers.
-_AFTER_A_RESTART_SECONDS = 5.0
+_NEXT_TOKEN_SECONDS = 60.0
 
 
 class Options(BaseOptions):
@@ -120,7 +119,6 @@ def measure(options: Options) -> Iterator[Row]:
                 )
                 ended = time.perf_counter()
                 away.append(ended - began)
-                time.sleep(_AFTER_A_RESTART_SECONDS)
                 waits.append(_heard(load, began, ended))
         yield row("swap", PEER, _SHAPE, DTYPE, away, metric=_STOOD_STILL)
         yield row("swap", PEER, _SHAPE, DTYPE, waits, metric=_LISTENED)
@@ -135,7 +133,10 @@ def measure(options: Options) -> Iterator[Row]:
 
 
 def _heard(load: Load, began: float, ended: float) -> float:
-    """How long the stream waited for a token meanwhile."""
+    """How long the stream waited for a token meanwhile; until the first after it has come."""
+    deadline = time.monotonic() + _NEXT_TOKEN_SECONDS
+    while load.heard[-1:] < [ended] and time.monotonic() < deadline:
+        time.sleep(0.02)
     silence = load.silence(began, ended)
     if silence is None:
         raise NotVerified("a stream", expected="tokens, before and after", got="none", fix="")
@@ -181,9 +182,9 @@ def _swaps(server: SwapServer, count: int, load: Load) -> Iterator[Row]:
             raise NotVerified("swap", expected="swapped", got=answer["outcome"], fix="See its log.")
         for key in _ANSWERED:
             found[key].append(answer[f"{key}_seconds"])
-        time.sleep(0.5)  # the next token has come by then
         stopped = answer["pausing_seconds"] + answer["paused_seconds"]
         found[_WAIT].append(_heard(load, answered - stopped, answered))
+        time.sleep(0.5)
     _demand_whole(load)
     for key, metric in {**_ANSWERED, _WAIT: _LISTENED}.items():
         if found[key]:
