@@ -25,7 +25,11 @@ def _table(rows: Sequence[Row], what: str, whole: Sequence[Row] = ()) -> Table:
     plain = {row.what: row for row in (*rows, *whole) if row.provider == AUTO}
     wholes = {(row.provider, row.shape): row for row in whole}
     peaks = {(row.provider, row.shape): row for row in rows if row.metric != "time"}
-    timed = [row for row in rows if row.metric == "time"]
+    shapes = list(dict.fromkeys(row.shape for row in rows))
+    timed = sorted(  # whoever was first in turn, plain vLLM comes first here
+        (row for row in rows if row.metric == "time"),
+        key=lambda row: (shapes.index(row.shape), row.provider != AUTO),
+    )
     found = list(targets(rows))
     promised: dict[tuple[str, str], list[Target]] = {}
     for row, target in found:
