@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from enchtable_vllm.checkpoint import Checkpoint, locate, nothing_downloaded, short
-from enchtable_vllm.doctor.finding import Finding
+from enchtable_vllm.doctor.finding import Finding, Status
 from enchtable_vllm.errors import EnchTableError, NoPlanError
 from enchtable_vllm.plan import PLAN_FILE
 from enchtable_vllm.plan.classify import classify
@@ -49,12 +49,16 @@ def dry_run(question: Question) -> list[Finding]:
     return findings
 
 
-def _refused_if(name: str, findings: Iterable[Finding]) -> Iterator[Finding]:
-    """The findings, and the refusal that ended them."""
+def _refused_if(
+    name: str, findings: Iterable[Finding], *, unplanned: Status = "fail"
+) -> Iterator[Finding]:
+    """The findings, and the refusal that ended them; ``unplanned``: how grave a missing plan is."""
     try:
         yield from findings
     except EnchTableError as error:
-        yield Finding.refused(name, error)
+        refused = Finding.refused(name, error)
+        status = unplanned if isinstance(error, NoPlanError) else refused.status
+        yield dataclasses.replace(refused, status=status)
 
 
 def _look(question: Question) -> Iterator[Finding]:
@@ -92,16 +96,9 @@ def _from_root(config: LoaderConfig, task: Checkpoint, folder: Path) -> Iterator
         return
     for name in VectorRoot(config.vector_root).names():
         what, one = f"dry run, '{name}'", config.model_copy(update={"safety_vector": name})
-        for finding in _refused_if(what, _unplanned_said(what, _chosen(one, task, opened))):
+        # A root may hold vectors of other models, too.
+        for finding in _refused_if(what, _chosen(one, task, opened), unplanned="warn"):
             yield dataclasses.replace(finding, name=what)
-
-
-def _unplanned_said(what: str, findings: Iterable[Finding]) -> Iterator[Finding]:
-    """A root may hold vectors of other models, too."""
-    try:
-        yield from findings
-    except NoPlanError as error:
-        yield dataclasses.replace(Finding.refused(what, error), status="warn")
 
 
 def _chosen(config: LoaderConfig, task: Checkpoint, opened: OpenTask) -> Iterator[Finding]:

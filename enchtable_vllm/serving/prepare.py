@@ -201,8 +201,8 @@ def stored_format(checkpoint: Checkpoint, chosen: str) -> str:
             got=f"'{chosen}'",
             fix=f'Leave it out, or set "inner_load_format": "{fitting}".',
         )
-    if chosen.startswith("runai") and set(checkpoint.layout.files) - set(checkpoint.files):
-        beside = sorted(set(checkpoint.layout.files) - set(checkpoint.files))
+    beside = sorted(set(checkpoint.layout.files) - set(checkpoint.files))
+    if chosen.startswith("runai") and beside:
         raise ConfigError(
             "model_loader_extra_config, 'inner_load_format'",
             expected=f"'{chosen}', which reads every safetensors file, in a folder without others",
