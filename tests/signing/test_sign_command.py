@@ -148,10 +148,11 @@ def test_the_doctor_checks_every_vector_of_a_root(root, keys):
 
 def test_the_dry_run_of_a_model(root, keys):
     model, vector = str(root.family.task), str(root.path / "sv")
-    question = [model, vector, None, str(root.plan("sv")), str(keys["ours"].public)]
-    finding = dry_run(Question(*question))[-1]
+    plan, key = str(root.plan("sv")), str(keys["ours"].public)
+    question = Question(model, vector, merge_plan=plan, require_signature=key)
+    finding = dry_run(question)[-1]
     assert finding.status == "ok"
     assert "; signed: key sha256:" in finding.found
     (root.path / "sv" / SIGNATURE).unlink()
-    finding = dry_run(Question(*question))[-1]
+    finding = dry_run(question)[-1]
     assert (finding.status, finding.cause.split(":")[0]) == ("fail", "SignatureError")
