@@ -31,7 +31,7 @@ distill-demo: $(READY) ## The demo's models by the commands themselves, judged b
 	@$(BIN)/enchtable demo --measure
 
 test: $(READY) ## Run the tests: CPU only, real vLLM, a real small model. JOBS=1 for one file after the other.
-	@$(BIN)/python -m pytest --numprocesses $(or $(JOBS),2) --dist loadfile
+	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses $(or $(JOBS),2) --dist loadfile
 
 test-gpu: $(GPU_READY) ## Run the tests that need a CUDA device, in an environment with a torch for it.
 	@$(GPU_VENV)/bin/python -m pytest -m gpu

@@ -75,7 +75,7 @@ def check_loaded(found, server, family):
 
 
 @pytest.mark.supports("metrics of loading without `VLLM_PLUGINS`, one API server and several")
-@pytest.mark.parametrize("api_servers", [1, 2])
+@pytest.mark.parametrize("api_servers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_what_was_loaded_is_scraped_without_vllm_plugins(family, tmp_path, temporary, api_servers):
     arguments = [*OURS, *ARGUMENTS, "--api-server-count", str(api_servers)]
     with Server(family.task, arguments, tmp_path / "log", port=free_port()) as server:

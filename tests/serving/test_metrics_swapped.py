@@ -29,7 +29,7 @@ def until_each_has_swapped(server, api_servers):
 
 
 @pytest.mark.supports("metrics of swaps, one API server and several")
-@pytest.mark.parametrize("api_servers", [1, 2])
+@pytest.mark.parametrize("api_servers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_what_swaps_do_is_scraped(family, tmp_path, api_servers):
     root = make_root(family, tmp_path / "vectors")
     several = ["--enforce-eager", "--api-server-count", str(api_servers)]

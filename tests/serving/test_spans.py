@@ -7,12 +7,9 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from live import Live, make_root
+from live import Live
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
-from prometheus import ARGUMENTS
 from vllm_runs import environment
-
-from enchtable_vllm.demo.server import Server, free_port
 
 
 class Collector:
@@ -55,16 +52,23 @@ class Collector:
             time.sleep(0.2)
 
 
-def test_loading_is_traced_inside_vllms_own_span(family, tmp_path, monkeypatch):
-    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
-    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "http/protobuf")
+@pytest.fixture(scope="module")
+def collector(root, tmp_path_factory):
+    """What a server sent that loaded one vector, swapped to another and refused a third."""
+    log = tmp_path_factory.mktemp("log") / "log"
+    http = {"OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf"}
     with Collector() as collector:
-        arguments = [
-            *ARGUMENTS, "--load-format", "enchtable", "--otlp-traces-endpoint", collector.url,
-        ]  # fmt: skip
-        with Server(family.task, arguments, tmp_path / "log", port=free_port()):
+        arguments = ["--enforce-eager", "--otlp-traces-endpoint", collector.url]
+        with Live(root, log, *arguments, variables=http) as server:
+            server.swapped("sv-b")
+            assert server.swap("sv-unplanned")[0] == 422
             # A stopped worker may be killed before it has sent what it holds back.
             collector.wait_for("enchtable.load", "enchtable.prepare", "Loading (CPU)")
+            collector.wait_for("enchtable.swap", many=2)
+    return collector
+
+
+def test_loading_is_traced_inside_vllms_own_span(collector, family):
     (load,), (prepare,) = collector.named("enchtable.load"), collector.named("enchtable.prepare")
     by_id = {span.span_id: span for span in collector.spans}
     assert prepare.parent_span_id == load.span_id
@@ -76,15 +80,7 @@ def test_loading_is_traced_inside_vllms_own_span(family, tmp_path, monkeypatch):
     assert attributes["enchtable.draft"].bool_value is False
 
 
-def test_a_swap_is_traced_by_the_api_server_that_was_asked(family, tmp_path):
-    root = make_root(family, tmp_path / "vectors")
-    http = {"OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf"}
-    with Collector() as collector:
-        arguments = ["--enforce-eager", "--otlp-traces-endpoint", collector.url]
-        with Live(root, tmp_path / "log", *arguments, variables=http) as server:
-            server.swapped("sv-b")
-            assert server.swap("sv-unplanned")[0] == 422
-            collector.wait_for("enchtable.swap", many=2)
+def test_a_swap_is_traced_by_the_api_server_that_was_asked(collector):
     done, refused = (
         {a.key.removeprefix("enchtable."): a.value.string_value for a in span.attributes}
         for span in collector.named("enchtable.swap")
