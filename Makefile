@@ -59,7 +59,7 @@ bench-swap: $(READY) ## Measure swapping under load against a restart. FULL=1, o
 	@$(BIN)/python -m benchmarks run swap $(if $(FULL),--full) $(if $(SOAK),-o soak=$(SOAK))
 
 bench-serve: $(READY) ## Measure serving, merged against unmerged. FULL=1, or PLANT=0.05: a slowdown that it must find
-	@$(BIN)/python -m benchmarks run serving $(if $(FULL),--full) $(if $(PLANT),-o plant=$(PLANT))
+	@$(BIN)/python -m benchmarks run serving $(if $(FULL),--full) $(if $(PLANT),-o plant=$(PLANT) -o seconds=0)
 
 bench-alternatives: $(READY) ## Measure what is done instead of a merge: LoRA, Self-Reminder, SafeDecoding. FULL=1
 	@$(BIN)/python -m benchmarks run alternatives $(if $(FULL),--full)

@@ -50,7 +50,7 @@ _TEXTS = [prompt(number) for number in range(4)]
 class Options(BaseOptions):
     """Of the alternatives."""
 
-    rounds: int = Field(default=3, ge=1, description="of each, in turns")
+    rounds: int = Field(default=2, ge=1, description="of each, in turns")
     clients: int = Field(default=2, ge=1, description="requests at once")
     requests: int = Field(default=2, ge=1, description="of a round")
     tokens: int = Field(default=24, ge=3, description="of an answer")

@@ -36,7 +36,7 @@ __all__ = ["FULL", "PEER", "QUICK", "TABLES", "Options", "bounds", "measure", "v
 PEER = AUTO
 QUICK = {"models": ("small",), "rounds": 1, "cold_rounds": 1, "starts": 0}
 FULL = {
-    "rounds": 9, "cold_rounds": 5, "threads": (1, 2),
+    "rounds": 19, "cold_rounds": 5, "threads": (1, 2),
     "starts": 5, "start_all": True, "ranks": (1, 2),
 }  # fmt: skip
 
@@ -45,12 +45,12 @@ class Options(BaseOptions):
     """Of loading."""
 
     models: tuple[str, ...] = Field(default=("small", "1b"), description="small, 1b")
-    rounds: int = Field(default=5, ge=1, description="how often each is loaded, warm")
+    rounds: int = Field(default=9, ge=1, description="how often each is loaded, warm")
     cold_rounds: int = Field(default=2, description="how often cold")
     threads: tuple[int, ...] = Field(
         default_factory=lambda: (torch.get_num_threads(),), description="torch's, one after another"
     )
-    starts: int = Field(default=3, description="how often each server starts; 0: none")
+    starts: int = Field(default=2, description="how often each server starts; 0: none")
     start_all: bool = Field(default=False, description="int8 and merged to disk are served, too")
     ranks: tuple[int, ...] = Field(default=(1,), description="of those servers")
 

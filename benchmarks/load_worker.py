@@ -30,6 +30,8 @@ from enchtable_vllm.vector import SafetyVector
 
 AUTO, MERGED = "auto", "merge to disk, then auto"
 _READINGS = ("weights", "model", "peak")
+#: Of those that are timed: many times as long as all others together, and never close.
+_MERGES = 2
 Found = dict[tuple[str, str, int], dict[str, list[float]]]
 
 
@@ -135,6 +137,8 @@ def measure_loads(worker: Any, case: Case, plan: Plan) -> Found:
         for cache, rounds in plan.rounds.items():
             for round_ in range(rounds + 1 if rounds else 0):
                 for provider in rotated(case.providers(), round_):
+                    if provider == MERGED and round_ > _MERGES:
+                        continue
                     if cache == "cold":
                         evict([case.task, *(path for path, _ in case.vectors.values())])
                     readings = _readings(worker, case, provider)

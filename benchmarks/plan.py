@@ -34,6 +34,7 @@ QUICK = {"shapes": ("96x96", "80x320"), "rounds": 2, "layers": 1, "hidden": 96}
 FULL = {
     "shapes": ("192x576", "576x576", "576x1536", "512x2048", "2048x2048", "1024x4096", "4096x4096"),
     "rounds": 5,
+    "layers": 30,
 }
 #: x·e⁻ˣ ≤ 1/e: a relative error of the interference is at most 0.37 of it in the attenuation.
 TOLERANCE = 1e-4 * math.e
@@ -51,7 +52,7 @@ class Options(BaseOptions):
     )
     spectra: tuple[str, ...] = Field(default=("flat", "decaying"), description="of random deltas")
     rounds: int = Field(default=3, ge=1, description="how often each is timed")
-    layers: int = Field(default=30, description="of the random model; 0: no whole model")
+    layers: int = Field(default=10, description="of the random model; 0: no whole model")
     hidden: int = Field(default=576, description="its width")
     task_model: Path | None = Field(default=None, description="instead of the random model")
     base_model: Path | None = Field(default=None, description="of the task model")

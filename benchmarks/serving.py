@@ -43,7 +43,7 @@ from enchtable_vllm.plan.vector_root import NO_VECTOR
 
 PEER = "unmerged"
 QUICK = {"starts": 1, "pairs": 2, "clients": ("2",), "offline": 0, "graph": False}
-FULL = {"starts": 5, "pairs": 20, "offline": 4, "compiled": True}
+FULL = {"starts": 5, "pairs": 20, "seconds": 0, "offline": 4, "compiled": True}
 LEAST, MOST = 0.98, 1.02
 #: The claim is about these; tails of a few requests are shown and decide nothing.
 _PER_TOKEN = "TPOT, p50"
@@ -59,6 +59,8 @@ _REQUESTS_OF_A_CLIENT = 2
 #: What two starts differ by is more than its noise: it needs fewer rounds.
 _PAIRS_OF_A_PLAIN_ROUND = 3
 _LEAST_STARTS = 2
+#: However slow the machine is.
+_LEAST_PAIRS = 4
 _PLANT = "plant"
 _STARTS = re.compile(r", (\d+) starts?$")
 
@@ -69,6 +71,9 @@ class Options(BaseOptions):
     clients: tuple[int, ...] = Field(default=(1, 4), description="requests at once")
     starts: int = Field(default=1, ge=1, description="of either server")
     pairs: int = Field(default=18, ge=1, description="of rounds, merged and not, after each start")
+    seconds: float = Field(
+        default=150, ge=0, description="of each number of clients, then no pair begins; 0: all"
+    )
     prompt_tokens: int = Field(default=32, ge=1, description="of a request")
     output_tokens: int = Field(default=32, ge=2, description="of a request")
     offline: int = Field(default=1, ge=0, description="pairs of runs of each offline benchmark")
@@ -82,6 +87,8 @@ class Options(BaseOptions):
     def _all_rounds_are_kept(self) -> Self:
         if (rounds := self.starts * self.pairs) > MOST_SAMPLES:
             raise ValueError(f"{rounds} pairs in all: at most {MOST_SAMPLES} are kept in a row")
+        if self.seconds and self.starts > 1:
+            raise ValueError("several starts are compared in as many pairs each: give seconds=0")
         return self
 
 
@@ -190,8 +197,11 @@ class _Turns:
 def _rounds(
     turns: _Turns, ask: Ask, start: int, found: dict[tuple[int, str], list[Figures]]
 ) -> None:
-    pairs = turns.options.pairs
+    pairs, seconds = turns.options.pairs, turns.options.seconds
+    ends = time.monotonic() + seconds if seconds else float("inf")
     for pair in range(-1, pairs):  # the first warms the kernels for these shapes
+        if pair >= _LEAST_PAIRS and time.monotonic() > ends:
+            break
         for name in _turn(tuple(_TURNS), pair + start):
             if name == PLAIN and pair > 0 and pair % _PAIRS_OF_A_PLAIN_ROUND:
                 continue

@@ -43,7 +43,7 @@ from enchtable_vllm.demo.server import free_port
 
 PEER, RELOAD = "restart", "reload by plain vLLM"
 QUICK = {"swaps": 4, "restarts": 1, "reloads": 2}
-FULL = {"soak": 500, "restarts": 3, "reloads": 20}
+FULL = {"soak": 500, "restarts": 3, "swaps": 20, "reloads": 20}
 MOST_PAUSED_SECONDS = 0.15
 MOST_OF_A_RESTART = 1 / 100
 MOST_GROWTH = 0.03
@@ -66,9 +66,9 @@ _BEFORE_A_RESTART_SECONDS = 3.0
 class Options(BaseOptions):
     """Of swapping."""
 
-    swaps: int = Field(default=20, ge=1, description="that are timed")
+    swaps: int = Field(default=12, ge=1, description="that are timed")
     restarts: int = Field(default=1, ge=1, description="that are timed")
-    reloads: int = Field(default=10, ge=1, description="by vLLM's own means, that are timed")
+    reloads: int = Field(default=5, ge=1, description="by vLLM's own means, that are timed")
     soak: int = Field(default=0, description="swaps after those, for memory; 500 is the claim")
 
 

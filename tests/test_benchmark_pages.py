@@ -39,7 +39,7 @@ def results(tmp_path):
             ("authors' algorithm", factor * 1.0), ("cold", factor * 0.5), ("cached", factor * 0.25),
         )
     ]  # fmt: skip
-    models = [dataclasses.replace(one, shape="model of 30 layers, 576 wide") for one in plans[:3]]
+    models = [dataclasses.replace(one, shape="model of 10 layers, 576 wide") for one in plans[:3]]
     write(tmp_path, "plan", [*plans, *models])
     for name, providers in (
         ("plan-cuda", ("authors' algorithm", "cold")),

@@ -148,6 +148,8 @@ def test_plain_vllm_needs_no_round_in_every_pair():
 def test_no_more_pairs_are_asked_for_than_are_kept():
     with pytest.raises(ValueError, match="at most 100 are kept"):
         serving.Options(starts=6, pairs=20)
+    with pytest.raises(ValueError, match="seconds=0"):
+        serving.Options(starts=2, pairs=20)
     serving.Options(**serving.FULL)
 
 
