@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from pydantic import Field
 
+from benchmarks import kernels_steps
 from benchmarks.harness import Options as BaseOptions
 from benchmarks.harness import Row, interleaved, row
 from benchmarks.harness.interval import ratio
@@ -63,6 +64,7 @@ def measure(options: Options) -> Iterator[Row]:
             yield made(provider, values=seconds)
             speed = [moved / value for value in seconds]
             yield made(provider, values=speed, metric="bandwidth", unit="B/s")
+    yield from kernels_steps.steps(options.scratch, options.rounds)
     for capability in options.capabilities:
         yield from registers(capability)
 
@@ -91,4 +93,4 @@ def _table(results: Results) -> Table:
     return Table(["weights + delta", "by", "median", "÷ memcpy"], lines, rows)
 
 
-TABLES = {"kernels": _table}
+TABLES = {"kernels": _table, "kernels-steps": kernels_steps.table}
