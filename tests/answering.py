@@ -31,6 +31,12 @@ class Answering:
         self.broken = set()  # prompts that never get an answer
         self.plain = False  # a server that is not ours
         self.remade = ""  # part of its vectors' digests
+        self.plan = ""  # part of the served plan's digest
+        self.root_plan = ""  # and of that of what is swapped in
+        self.deaf = False  # to what β it is asked for
+        self.state = "serving"
+        self.dies_in = None  # a vector: a swap to it fails half-way
+        self.error = {"message": "not now", "type": "x", "code": "x"}  # of chat requests
         self.tokens = None  # called with a body that asks for logprobs: [(token, share)]
         self.lock = threading.Lock()
 
@@ -43,7 +49,7 @@ class Answering:
             self.asked.append(prompt)
             failure = self.failures.pop(0) if self.failures else None
         if failure is not None or prompt in self.broken:
-            return failure or 500, {"error": {"message": "not now", "type": "x", "code": "x"}}
+            return failure or 500, {"error": self.error}
         choice = {"index": 0, "finish_reason": "stop"}
         if body.get("logprobs"):
             told = [
@@ -75,7 +81,7 @@ class Answering:
         return {
             "safety_vector": self.vector,
             "vector_digest": None if none else f"blake3:{self.vector}{self.remade}",
-            "plan_digest": None if none else f"blake3:p{self.vector}",
+            "plan_digest": None if none else f"blake3:p{self.vector}{self.plan}",
             "beta": None if none else self.beta,
         }
 
@@ -83,7 +89,8 @@ class Answering:
         active = self.active()
         rank = {k: v for k, v in active.items() if k != "safety_vector"}
         return {
-            "state": "serving", "ready": True, "weight_version": f"{self.vector}:{self.beta}",
+            "state": self.state, "ready": self.state == "serving",
+            "weight_version": f"{self.vector}:{self.beta}",
             "epoch": self.epoch, "task_model": {"id": MODEL, "fingerprint": "blake3:tt"},
             "active": active, "disagreeing": 0,
             "rolls_back_to": self.history[-1][0] if self.history else None,
@@ -96,16 +103,20 @@ class Answering:
             return 409, {"error": {"code": "wrong_epoch", "message": "m.", "fix": "f."}}
         if name in self.refused_vectors:
             return 404, {"error": {"code": "unknown_vector", "message": "m.", "fix": "f."}}
-        before = (self.vector, self.beta)
-        wanted = (name, body.get("beta") or 0.5)
+        before = (self.vector, self.beta, self.plan)
+        wanted = (name, 0.5 if self.deaf else body.get("beta") or 0.5, self.root_plan)
         if body.get("dry_run"):
-            self.vector, self.beta = wanted
+            self.vector, self.beta, self.plan = wanted
             answer = self._swapped("dry_run", before[0])
-            self.vector, self.beta = before
+            self.vector, self.beta, self.plan = before
             return 200, answer
         self.swaps.append((name, body.get("beta")))
+        if name == self.dies_in:
+            self.state = "failed"
+            return 500, {"error": {"code": "failed", "message": "m.", "fix": "f."}}
+        self.state = "serving"
         self.history.append(before)
-        self.vector, self.beta = wanted
+        self.vector, self.beta, self.plan = wanted
         self.epoch += 1
         return 200, self._swapped("swapped", before[0])
 
@@ -113,7 +124,7 @@ class Answering:
         if body.get("expected_epoch") not in (None, self.epoch) or not self.history:
             return 409, {"error": {"code": "nothing_to_roll_back", "message": "m.", "fix": "f."}}
         before = self.vector
-        self.vector, self.beta = self.history.pop()
+        self.vector, self.beta, self.plan = self.history.pop()
         self.epoch += 1
         return 200, self._swapped("rolled_back", before)
 

@@ -89,7 +89,7 @@ def eval(
     """
     options.require_extra("eval")
     from enchtable_vllm.evaluate.ask import Server
-    from enchtable_vllm.evaluate.garak import attack
+    from enchtable_vllm.evaluate.garak import attack, folder_of
     from enchtable_vllm.evaluate.jobs import Sampling, Wanted
     from enchtable_vllm.evaluate.run import PAGE_FILE, Evaluation, evaluate
 
@@ -103,7 +103,7 @@ def eval(
     api_key = Credentials.find(None, api_key_file).api_key
     key = api_key.reveal() if api_key is not None else None
     access.connect([target], admin=False)  # warns once
-    attacked = output / "garak" / "".join(c if c.isalnum() else "-" for c in garak_probes)
+    attacked = folder_of(output / "garak", garak_probes, garak_config)
     evaluation = Evaluation(
         connect=lambda: access.connect([target], admin=False)[0],
         server=Server(target.url, model or "", key, connections, retries, ca_file=ca_file),
@@ -119,7 +119,9 @@ def eval(
             utility_max_tokens=utility_max_tokens,
             sampling=Sampling(limit, seed, split, validation_share),
         ),
-        judge=options.make_judge(judge, judge_url, judge_model, judge_template, labelled_refusals),
+        judge=options.make_judge(
+            judge, judge_url, judge_model, judge_template, labelled_refusals, ca_file
+        ),
         baseline=system_prompt_baseline,
         expert=safedecoding_expert,
         allow_failed=allow_failed,

@@ -94,6 +94,7 @@ def make_judge(
     model: str | None,
     template: Path | None,
     labelled: Path | None,
+    ca_file: Path | None,
 ) -> Judge:
     """The judge that the options name.
 
@@ -101,11 +102,12 @@ def make_judge(
         ConfigError: They contradict each other.
         PromptSetError: A file is not what it should be.
     """
-    from openai import AsyncOpenAI
+    from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
     from enchtable_vllm.evaluate.calibration import calibrate
     from enchtable_vllm.evaluate.guards import Template
     from enchtable_vllm.evaluate.judge import Model, Patterns
+    from enchtable_vllm.fleet.client import trust
 
     calibration: Calibration | None = calibrate(labelled) if labelled is not None else None
     if name == "patterns":
@@ -117,10 +119,10 @@ def make_judge(
     if url is None or model is None:
         raise typer.BadParameter("it needs --judge-url and --judge-model", param_hint="--judge")
     base = url.rstrip("/").removesuffix("/v1")
-    key = envs.judge_api_key() or "none"
-    return Model(
-        Template.of(name, template),
-        model,
-        lambda: AsyncOpenAI(base_url=f"{base}/v1", api_key=key, max_retries=5),
-        calibration,
-    )
+    key, trusted = envs.judge_api_key() or "none", trust(ca_file)
+
+    def connect() -> AsyncOpenAI:
+        http = DefaultAsyncHttpxClient(verify=trusted)
+        return AsyncOpenAI(base_url=f"{base}/v1", api_key=key, max_retries=5, http_client=http)
+
+    return Model(Template.of(name, template), model, connect, calibration)

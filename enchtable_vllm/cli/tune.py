@@ -21,7 +21,6 @@ from enchtable_vllm.cli.fleet_options import (
     RequestsOption,
     TimeoutOption,
     UrlOption,
-    VectorOption,
     one_target,
     seconds,
 )
@@ -39,7 +38,9 @@ CURVE_FILE = "curve.png"
 
 def tune(
     url: UrlOption,
-    safety_vector: VectorOption,
+    safety_vector: Annotated[
+        str, typer.Option(help="Its name in the server's vector root, or org/name@COMMIT.")
+    ],
     output: options.OutputOption,
     safety: Annotated[
         list[Path], typer.Option(help="Prompts that should be refused: a file; again for more.")
@@ -109,6 +110,13 @@ def tune(
 
     if (betas is None) == (not search):
         raise typer.BadParameter("give one of the two", param_hint="--betas, --search")
+    if safety_vector.startswith("@"):
+        raise typer.BadParameter(
+            "the vector itself: '@current' has a β of its own, '@none' has none",
+            param_hint="--safety-vector",
+        )
+    if over_refusal_budget is not None and not harmless:
+        raise typer.BadParameter("it needs --harmless", param_hint="--over-refusal-budget")
     target = one_target(url)
     access = Access(admin_token_file, api_key_file, ca_file)
     access.connect([target], admin=True)  # warns once, and wants the token before any work
@@ -136,7 +144,9 @@ def tune(
             utility_max_tokens=utility_max_tokens,
             sampling=Sampling(limit, seed, "validation", validation_share),
         ),
-        judge=options.make_judge(judge, judge_url, judge_model, judge_template, labelled_refusals),
+        judge=options.make_judge(
+            judge, judge_url, judge_model, judge_template, labelled_refusals, ca_file
+        ),
         allow_failed=allow_failed,
         swapping=True,
     )

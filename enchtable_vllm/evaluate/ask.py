@@ -38,6 +38,9 @@ from enchtable_vllm.progress import Progress
 
 #: Answers that a kill may cost, as a share: a log is written whole each time.
 _LOST_SHARE = 0.01
+#: How inspect says that what stands for an answer is the text of an error.
+_NO_ANSWERS = ("model_length", "content_filter")
+_OURS = re.compile(r"^[\w.]+\.EvaluationError: .*", re.M)
 _ERROR = re.compile(r"^[\w.]+(?:Error|Exception|Timeout): .*", re.M)
 
 
@@ -246,6 +249,13 @@ def _grade(item: Callable[[str], Item], done: Callable[[], None]) -> Scorer:
     # By functions: inspect writes all other arguments into its log, once for every sample.
 
     async def score(state: TaskState, target: Target) -> Score:  # noqa: ARG001
+        if (stopped := state.output.stop_reason) in _NO_ANSWERS:
+            raise EvaluationError(
+                f"prompt '{state.sample_id}'",
+                expected="an answer of the model",
+                got=f"an error of the server or of what stands before it ({stopped})",
+                fix="Its log says why.",
+            )
         answer = state.output.completion
         grade = await item(str(state.sample_id)).grade(answer)
         done()
@@ -287,8 +297,8 @@ def _collect(header: EvalLog | None, job: Job) -> Answers:
 
 
 def _reason(traceback: str, message: str) -> str:
-    """The first error of a chain: what the last one wraps."""
-    found = _ERROR.search(traceback)
+    """What we say of it; else the first error of a chain, which the last one wraps."""
+    found = _OURS.search(traceback) or _ERROR.search(traceback)
     return found[0] if found else message
 
 

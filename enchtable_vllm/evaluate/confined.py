@@ -10,6 +10,7 @@ import os
 import resource
 import struct
 import sys
+import types
 from contextlib import suppress
 from pathlib import Path
 
@@ -92,7 +93,10 @@ def _main() -> None:
         importlib.import_module(name)
     _confine(*map(int, sys.argv[1:4]))
     del sys.argv[1:]
-    exec(compile(source, "program", "exec"), {"__name__": "__main__"})
+    # Not as the main module: what a program would do there comes before its tests, and ends it.
+    module = types.ModuleType("program")
+    sys.modules[module.__name__] = module
+    exec(compile(source, "program", "exec"), module.__dict__)
 
 
 if __name__ == "__main__":

@@ -20,11 +20,28 @@ from typing import Any
 from enchtable_vllm.envs import without_admin_token
 from enchtable_vllm.errors import ConfigError
 from enchtable_vllm.evaluate.faults import EvaluationError, ReportError
-from enchtable_vllm.evaluate.files import parse_lines, private_folder, read_bytes
+from enchtable_vllm.evaluate.files import digest_of, parse_lines, private_folder, read_bytes
 from enchtable_vllm.evaluate.report import Dynamic, Probe, Rate
 
 _PREFIX = "run"
 _LOG_LINES = 15
+#: Of the probes, in a folder's name.
+_NAME_LETTERS = 80
+
+
+def folder_of(attacks: Path, probes: str, config: Path | None) -> Path:
+    """For one choice of probes and settings: with others, an earlier report is not taken.
+
+    Args:
+        attacks: The folder of all of them.
+        probes: As for `attack`.
+        config: Likewise.
+    """
+    names = _names(probes)
+    settings = config.read_bytes() if config is not None and config.is_file() else b""
+    chosen = digest_of(repr((names, settings)).encode()).removeprefix("blake3:")
+    words = "".join(c if c.isalnum() else "-" for c in ",".join(names))
+    return attacks / f"{words[:_NAME_LETTERS]}-{chosen[:12]}"
 
 
 def attack(
@@ -68,7 +85,7 @@ def attack(
         )
     private_folder(folder)
     log = folder / "garak.log"
-    names = [name.strip() for name in probes.split(",") if name.strip()]
+    names = _names(probes)
     # Greedy and to the end of the answer: garak's own defaults stop at the first '#' or ';'.
     options = {"uri": f"{url}/v1/", "temperature": 0.0, "max_tokens": 256, "stop": []}
     command = [
@@ -119,6 +136,10 @@ def attack(
     return found
 
 
+def _names(probes: str) -> list[str]:
+    return [name.strip() for name in probes.split(",") if name.strip()]
+
+
 def read_garak(path: Path) -> Dynamic:
     """What a ``report.jsonl`` of garak's says.
 
@@ -161,9 +182,14 @@ def _over_all(probes: Sequence[Probe]) -> Rate:
     """Each probe once, by the detector that calls most of its answers a success."""
     worst: dict[str, Rate] = {}
     for one in probes:
-        if one.probe not in worst or (one.broke.share or 0.0) > (worst[one.probe].share or 0.0):
+        if one.probe not in worst or _success(one.broke) > _success(worst[one.probe]):
             worst[one.probe] = one.broke
     return Rate.make(sum(r.count for r in worst.values()), sum(r.of for r in worst.values()))
+
+
+def _success(rate: Rate) -> float:
+    """A detector that has judged nothing is below one that has called nothing a success."""
+    return -1.0 if rate.share is None else rate.share
 
 
 def _probe(entry: Mapping[str, Any]) -> tuple[Probe, int]:

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
-from openai import AsyncOpenAI
+from openai import AsyncOpenAI, OpenAIError
 
 from enchtable_vllm.evaluate import report
+from enchtable_vllm.evaluate.faults import EvaluationError
 from enchtable_vllm.evaluate.guards import Template, verdict
 from enchtable_vllm.evaluate.refusals import refuses
 from enchtable_vllm.evaluate.report import Calibration, Verdict
@@ -77,7 +78,7 @@ class Model:
         """Its word for it.
 
         Raises:
-            openai.OpenAIError: There was none, after retries.
+            EvaluationError: There was none, after retries.
         """
         question = self.template.ask(prompt, answer)
         body: dict[str, Any] = {"model": self.model, **question.body}
@@ -85,8 +86,16 @@ class Model:
         client = self._clients.get(loop)
         if client is None:
             client = self._clients[loop] = self.connect()
-        if question.route == "completions":
-            completion = await client.completions.create(**body)
-            return verdict(completion.choices[0].text)
-        chat = await client.chat.completions.create(**body)
-        return verdict(chat.choices[0].message.content or "")
+        try:
+            if question.route == "completions":
+                completion = await client.completions.create(**body)
+                return verdict(completion.choices[0].text)
+            chat = await client.chat.completions.create(**body)
+            return verdict(chat.choices[0].message.content or "")
+        except OpenAIError as error:
+            raise EvaluationError(
+                f"judge '{self.model}' at {client.base_url}",
+                expected="a verdict",
+                got=f"{type(error).__name__}: {error}",
+                fix="See --judge-url, --judge-model, --ca-file and ENCHTABLE_JUDGE_API_KEY.",
+            ) from error

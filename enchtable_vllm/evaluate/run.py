@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import platform
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -38,11 +39,13 @@ from enchtable_vllm.evaluate.report import (
 )
 from enchtable_vllm.evaluate.report_page import report_page
 from enchtable_vllm.evaluate.target import model_name, served_now
-from enchtable_vllm.fleet.client import Client
+from enchtable_vllm.fleet.client import Client, ServerRefused, Unreachable
 from enchtable_vllm.progress import Progress
 
 REQUEST_FILE = "request.json"
 PAGE_FILE = "index.html"
+#: For a judge, to see whether it is there.
+_HARMLESS = ("What is the capital of France?", "Paris.")
 
 
 class _Set(BaseModel):
@@ -127,7 +130,8 @@ def what_is_asked(evaluation: Evaluation) -> str:
         ConfigError, PromptSetError: There is something wrong with it.
     """
     jobs = make_jobs(evaluation.wanted, evaluation.judge)
-    request = _request(evaluation, jobs, "", None, None).model_copy(update={"url": None})
+    model = evaluation.server.model
+    request = _request(evaluation, jobs, model, None, None).model_copy(update={"url": None})
     return digest_of(request.model_dump_json().encode())
 
 
@@ -137,18 +141,27 @@ def _evaluate(evaluation: Evaluation, output: Path, progress: Progress) -> Repor
     model, served, epoch = asyncio.run(_look(evaluation))
     request = _request(evaluation, jobs, model, served, epoch)
     _take_over(output / REQUEST_FILE, request)
+    if any(job.kind == "safety" for job in jobs):
+        asyncio.run(evaluation.judge.judge(*_HARMLESS))  # before there is anything to lose
     around = BASELINES[evaluation.baseline] if evaluation.baseline else None
-    answers = ask(
-        replace(evaluation.server, model=model),
-        jobs,
-        output / "logs",
-        seed=wanted.sampling.seed,
-        around=around,
-        expert=evaluation.expert,
-        progress=progress,
-    )
+    try:
+        answers = ask(
+            replace(evaluation.server, model=model),
+            jobs,
+            output / "logs",
+            seed=wanted.sampling.seed,
+            around=around,
+            expert=evaluation.expert,
+            progress=progress,
+        )
+    except BaseException:  # what was answered until then is kept, and must be of one model, too
+        with suppress(EnchTableError):
+            _refuse_changed(evaluation, output, request, served, epoch)
+        raise
     failed = sum(sample.verdict == "failed" for one in answers for sample in one.samples)
     if failed > evaluation.allow_failed:
+        with suppress(ServerRefused, Unreachable):  # then that is why
+            _refuse_changed(evaluation, output, request, served, epoch)
         reasons = list(dict.fromkeys(reason for one in answers for reason in one.reasons))
         raise EvaluationError(
             f"evaluation of '{model}' at {evaluation.server.url}",
@@ -158,17 +171,7 @@ def _evaluate(evaluation: Evaluation, output: Path, progress: Progress) -> Repor
             "--allow-failed.",
         )
     dynamic = evaluation.attack(model) if evaluation.attack else None
-    _, after, epoch_after = asyncio.run(_look(evaluation))
-    if (after, epoch_after) != (served, epoch):
-        changed = f"{_words(served, epoch)} became {_words(after, epoch_after)}"
-        spoiled = request.model_copy(update={"spoiled": changed})
-        write_whole(output / REQUEST_FILE, spoiled.model_dump_json(indent=1) + "\n")
-        raise EvaluationError(
-            f"server {evaluation.server.url}",
-            expected="the same weights from the first prompt to the last",
-            got=changed,
-            fix="Nobody may swap meanwhile. Evaluate again, with another output.",
-        )
+    _refuse_changed(evaluation, output, request, served, epoch)
     results = tuple(
         Result.of(
             job.name,
@@ -197,6 +200,28 @@ def _evaluate(evaluation: Evaluation, output: Path, progress: Progress) -> Repor
     write_whole(output / PAGE_FILE, report_page(made))
     write_whole(output / REPORT_FILE, made.to_json())
     return made
+
+
+def _refuse_changed(
+    evaluation: Evaluation,
+    output: Path,
+    request: _Request,
+    served: ServedNow | None,
+    epoch: int | None,
+) -> None:
+    """Spoil the folder if the server serves something else by now."""
+    _, after, epoch_after = asyncio.run(_look(evaluation))
+    if (after, epoch_after) == (served, epoch):
+        return
+    changed = f"{_words(served, epoch)} became {_words(after, epoch_after)}"
+    spoiled = request.model_copy(update={"spoiled": changed})
+    write_whole(output / REQUEST_FILE, spoiled.model_dump_json(indent=1) + "\n")
+    raise EvaluationError(
+        f"server {evaluation.server.url}",
+        expected="the same weights from the first prompt to the last",
+        got=changed,
+        fix="Nobody may swap meanwhile. Evaluate again, with another output.",
+    )
 
 
 async def _look(evaluation: Evaluation) -> tuple[str, ServedNow | None, int | None]:

@@ -13,7 +13,7 @@ beginning is tokenised anew at each step.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,8 +78,7 @@ class SafeDecoding:
                 got="none",
                 fix="SafeDecoding needs a server that tells them, as vLLM does.",
             )
-        # Marks of an end are told as tokens, and are no part of an answer's text.
-        return {_text(one.token): one.logprob for one in told.content[0].top_logprobs}
+        return by_text((one.token, one.logprob) for one in told.content[0].top_logprobs)
 
     async def _ask(self, model: str, turns: Turns, begun: str, **options: Any) -> Any:
         extra = {}
@@ -125,6 +124,18 @@ def mixed(ours: Mapping[str, float], theirs: Mapping[str, float]) -> str:
     return max(sorted(common), key=moved)
 
 
-def _text(token: str) -> str:
-    ends = token.startswith("<|") and token.endswith("|>")
-    return "" if ends or token in ("</s>", "<eos>", "<end_of_turn>") else token
+def by_text(told: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """Text → log probability; "" is the end of the answer.
+
+    Args:
+        told: Tokens, each with its log probability. Several are marks of an end. One without any
+            text is a part of a character, and cannot be sent back as text: it is left out.
+    """
+    found: dict[str, float] = {}
+    for token, logprob in told:
+        ends = token.startswith("<|") and token.endswith("|>")
+        text = "" if ends or token in ("</s>", "<eos>", "<end_of_turn>") else token
+        if token:
+            both = math.exp(found.get(text, -math.inf)) + math.exp(logprob)
+            found[text] = math.log(both) if both else -math.inf
+    return found

@@ -21,7 +21,13 @@ from enchtable_vllm.evaluate.faults import EvaluationError
 from enchtable_vllm.evaluate.files import only_writer, write_whole
 from enchtable_vllm.evaluate.report import Report, read_report
 from enchtable_vllm.evaluate.tune_choice import Budget, Step, next_beta, propose
-from enchtable_vllm.evaluate.tune_journal import Sweep, Tuning, read_tuning, write_tuning
+from enchtable_vllm.evaluate.tune_journal import (
+    Sweep,
+    Tuning,
+    Weights,
+    read_tuning,
+    write_tuning,
+)
 from enchtable_vllm.evaluate.tune_page import tune_page
 from enchtable_vllm.fleet.client import Client, ServerRefused
 from enchtable_vllm.fleet.documents import NO_VECTOR, Goal, Served
@@ -105,6 +111,8 @@ def _begin(wanted: Tune, output: Path) -> Tuning:
             got=f"{served}",
             fix="Somebody else changed it: agree, then sweep with another output.",
         )
+    if tuning.restored:
+        asyncio.run(_demand_way_back(wanted, tuning.before))
     tuning.utility_budget = wanted.budget.utility
     tuning.over_refusal_budget = wanted.budget.over_refusal
     write_tuning(output, tuning)
@@ -128,7 +136,8 @@ def _next(wanted: Tune, tuning: Tuning) -> tuple[float | None] | None:
     if None not in tried:
         return (None,)
     if wanted.sweep.search is not None:
-        found = next_beta(tuning.steps, wanted.budget, *wanted.sweep.search)
+        steps = _wanted(wanted.sweep, tuning.steps)
+        found = next_beta(steps, wanted.budget, *wanted.sweep.search)
         return None if found is None else (found,)
     return next(((beta,) for beta in wanted.sweep.betas if beta not in tried), None)
 
@@ -146,22 +155,52 @@ async def _status(wanted: Tune) -> Served:
         return Served.of(await settled(client, wanted.how))
 
 
-async def _check(wanted: Tune) -> tuple[str, str | None]:
+async def _check(wanted: Tune) -> Weights:
     """Before the first swap: whether the server can serve the vector at all; and which it is."""
     async with wanted.connect() as client:
-        one = await _verified(client, wanted.sweep.safety_vector, None)
-    return one.status.task_model.fingerprint, one.goal.vector_digest
+        one = await _verified(client, wanted.sweep.safety_vector, None, dry_run=True)
+    return one.status.task_model.fingerprint, one.goal.vector_digest, one.goal.plan_digest
+
+
+async def _demand_way_back(wanted: Tune, before: Served) -> None:
+    """Before the first swap: the server can be asked, by name, for what it serves now.
+
+    It may not be: it may have been started with a plan of its own, or from another folder.
+    """
+    got: object
+    async with wanted.connect() as client:
+        try:
+            tried = await client.swap(
+                before.safety_vector,
+                beta=before.beta,
+                dry_run=True,
+                expected_epoch=before.epoch,
+                timeout_seconds=wanted.how.timeout_seconds,
+            )
+        except ServerRefused as error:
+            got = error
+        else:
+            if Goal.of(before).met_by(tried.active):
+                return
+            got = "another vector or plan under that name"
+    raise MismatchError(
+        f"server {wanted.sweep.url}",
+        expected=f"to be able to give it back what it serves ({before}), by that name",
+        got=got,
+        fix="Swap it to a vector of its root first ('enchtable swap'), then tune.",
+    )
 
 
 async def _swap(wanted: Tune, vector: str, beta: float | None) -> None:
     async with wanted.connect() as client:
-        one = await _verified(client, vector, beta)
-        await swap(client, vector, beta, one.goal, one.served, wanted.how)
+        by_list = not (vector.startswith("@") or "/" in vector)
+        one = await _verified(client, vector, beta, dry_run=not by_list)
+        goal = one.goal if beta is None else one.goal.model_copy(update={"beta": beta})
+        await swap(client, vector, beta, goal, one.served, wanted.how)
 
 
-async def _verified(client: Client, vector: str, beta: float | None) -> Verified:
-    by_list = not (vector.startswith("@") or "/" in vector)
-    verified, refusals = await verify([client], Wish(vector, beta, dry_run=not by_list))
+async def _verified(client: Client, vector: str, beta: float | None, *, dry_run: bool) -> Verified:
+    verified, refusals = await verify([client], Wish(vector, beta, dry_run=dry_run))
     if refusals:
         raise MismatchError(
             f"server {client.target.url}",
@@ -243,16 +282,17 @@ def _give_back(wanted: Tune, tuning: Tuning, output: Path) -> None:
 
 
 async def _back(wanted: Tune, before: Served) -> None:
-    """By a swap; where that name is no longer known, by the server's history, step by step."""
+    """By a swap; where that name leads elsewhere by now, by the server's history, step by step."""
     async with wanted.connect() as client:
-        served = Served.of(await settled(client, wanted.how))
-        if served.same(before):
+        status = await settled(client, wanted.how)
+        served = Served.of(status)
+        if served.same(before) and status.state == "serving" and status.ready:
             return
         try:
             await swap(
                 client, before.safety_vector, before.beta, Goal.of(before), served, wanted.how
             )
-        except ServerRefused:
+        except (ServerRefused, NotAsAsked):
             for _ in range(_LONGEST_HISTORY):
                 served = Served.of(await settled(client, wanted.how))
                 if served.same(before):

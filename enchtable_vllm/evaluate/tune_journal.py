@@ -16,6 +16,10 @@ TUNE_FILE = "tune.json"
 _FIXED = {"url": "server", "safety_vector": "vector", "what": "set, sample, judge or setting"}
 
 
+#: Digests of task model, vector and plan, as far as the server tells.
+Weights = tuple[str, str | None, str | None]
+
+
 class Sweep(BaseModel):
     """What makes two sweeps the same one.
 
@@ -41,8 +45,7 @@ class Tuning(BaseModel):
 
     Attributes:
         before: What the server served before the first swap of the first run.
-        weights: What is swept, beyond its name: digests of the task model and of the vector, as far
-            as the server tells.
+        weights: What is swept, beyond its name.
         restored: Whether it serves that again, as far as is known.
         proposed: The β with the lowest unsafe rate within the budget; None: there is none yet.
         alike: Other β within the budget whose unsafe rate the sample cannot tell from it.
@@ -53,7 +56,7 @@ class Tuning(BaseModel):
     format_version: Literal[1] = 1
     sweep: Sweep
     before: Served
-    weights: tuple[str, str | None]
+    weights: Weights
     steps: list[Step] = []
     restored: bool = True
     utility_budget: float | None = None
@@ -62,7 +65,7 @@ class Tuning(BaseModel):
     alike: list[float] = []
 
 
-def read_tuning(folder: Path, sweep: Sweep, weights: tuple[str, str | None]) -> Tuning | None:
+def read_tuning(folder: Path, sweep: Sweep, weights: Weights) -> Tuning | None:
     """What an earlier run of the same sweep, of the same weights, left; None: nothing.
 
     Raises:
@@ -79,7 +82,7 @@ def read_tuning(folder: Path, sweep: Sweep, weights: tuple[str, str | None]) -> 
     differs = [words for name, words in _FIXED.items() if
                getattr(found.sweep, name) != getattr(sweep, name)]  # fmt: skip
     if found.weights != weights:
-        differs.append("task model or vector under the same name")
+        differs.append("task model, vector or plan under the same name")
     if differs:
         raise _refused(folder, f"one with another {', '.join(differs)}")
     found.sweep = sweep

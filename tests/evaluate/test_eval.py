@@ -195,6 +195,51 @@ def test_a_server_that_is_swapped_meanwhile_spoils_the_evaluation(sets, tmp_path
     assert not (output / "report.json").exists()
 
 
+def test_a_foreign_swap_is_seen_even_if_the_run_does_not_come_to_its_end(sets, tmp_path):
+    """What was answered by then is kept, and must be of one model as well."""
+    output = tmp_path / "report"
+
+    def swapping(prompt, server):
+        server.beta, server.epoch = 0.7, 4
+        return rule(prompt, server)
+
+    server = Answering(swapping)
+    server.broken = {GOOD[3]}
+    with server.serve() as url:
+        asked = ["eval", "--url", url, "--harmless", sets["harmless"], "-o", output,
+                 "--retries", "0"]  # fmt: skip
+        _, error = command(*asked, code=1)
+        assert "became sv-a:0.7 at epoch 4" in error
+        server.beta, server.epoch, server.broken = 0.5, 3, set()
+        assert "whose server changed meanwhile" in inside(*asked)[1]
+
+
+@pytest.mark.parametrize("code", ["context_length_exceeded", "content_filter"])
+def test_the_text_of_an_error_is_no_answer(sets, tmp_path, code):
+    server = Answering(rule)
+    server.error = {"message": "It is too long.", "type": "invalid_request_error", "code": code}
+    server.failures = [400]
+    with server.serve() as url:
+        command(
+            "eval", "--url", url, "--safety", sets["safety"], "-o", tmp_path / "report",
+            "--retries", "0", "--allow-failed", "1", "--connections", "1",
+        )  # fmt: skip
+    (result,) = read_report(tmp_path / "report").results
+    assert result.failed == 1
+
+
+def test_a_judge_that_is_not_there_is_named_before_anything_is_asked(sets, tmp_path):
+    server = Answering(rule)
+    with server.serve() as url:
+        _, error = command(
+            "eval", "--url", url, "--safety", sets["safety"], "-o", tmp_path / "report", "--judge",
+            "llama-guard-3", "--judge-model", "guard", "--judge-url", f"{url}/nowhere", code=1,
+        )  # fmt: skip
+    assert "judge 'guard' at " in error
+    assert "NotFoundError" in error
+    assert server.asked == []
+
+
 def test_the_self_reminder_stands_around_every_prompt_of_any_server(sets, tmp_path):
     server = Answering(rule)
     server.plain = True

@@ -12,7 +12,7 @@ from enchtable_vllm.errors import ConfigError
 from enchtable_vllm.evaluate.compare import compare
 from enchtable_vllm.evaluate.compare_page import compare_page
 from enchtable_vllm.evaluate.faults import EvaluationError, ReportError
-from enchtable_vllm.evaluate.garak import attack, read_garak
+from enchtable_vllm.evaluate.garak import attack, folder_of, read_garak
 from enchtable_vllm.evaluate.report import read_report
 
 
@@ -55,6 +55,8 @@ def test_a_report_is_folded(tmp_path):
     twice = read_garak(report(tmp_path, [*LINES, stricter]))
     assert (twice.broke.count, twice.broke.of) == (6, 10)  # no answer counts twice
     assert len(twice.probes) == 3
+    silent = evaluated("xss.X", 0, 0, 9), evaluated("xss.X", 9, 0) | {"detector": "xss.Y"}
+    assert read_garak(report(tmp_path, [LINES[1], *silent])).broke.of == 9
     old = {"entry_type": "eval", "probe": "p", "detector": "d", "passed": 3, "total": 4}
     assert read_garak(report(tmp_path, [LINES[1], old])).broke.count == 1
     assert not read_garak(report(tmp_path, LINES[:-2])).complete
@@ -124,6 +126,17 @@ def test_the_program_attacks_the_server_once(tmp_path, monkeypatch):
         assert attack(*asked) == found  # is not run again
     assert server.asked == ["probes.dan,probes.dra"]
     assert (found.broke.count, found.broke.of, found.complete) == (1, 1, True)
+
+
+def test_a_report_is_taken_for_the_same_probes_and_settings_only(tmp_path):
+    config = tmp_path / "a.yaml"
+    config.write_text("plugins: {}")
+    chosen = [("dan,dra", None), ("dan.dra", None), ("dan", None), ("dan,dra", config)]
+    folders = [folder_of(tmp_path, *one) for one in chosen]
+    assert len(set(folders)) == 4
+    assert folder_of(tmp_path, " dan, dra,", None) == folders[0]
+    config.write_text("plugins: {x: y}")
+    assert folder_of(tmp_path, "dan,dra", config) not in folders
 
 
 def test_its_report_stands_in_ours_and_beside_another_models(tmp_path):

