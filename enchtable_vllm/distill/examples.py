@@ -23,6 +23,10 @@ class Task:
     base_model: Location
     data: Path
 
+    def paths(self) -> tuple[Path, Path, Path]:
+        """What of it is read."""
+        return self.task_model.path, self.base_model.path, self.data
+
 
 def read_examples(
     data: Path,

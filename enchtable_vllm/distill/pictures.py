@@ -48,7 +48,7 @@ def draw(
         points = [(s.step, y) for s in curve if (y := getattr(s, key)) is not None]
         if points:
             axes.plot(*zip(*points, strict=True), label=name, marker="o" if key != "loss" else "")
-    axes.set(xlabel="step", ylabel="loss of an answer's token")
+    axes.set(xlabel="step", ylabel="loss, as the trainer averages it")
     axes.legend()
     if linearity is not None:
         figures[LINEARITY_PICTURE] = figure = Figure(figsize=(6, 4), layout="constrained")

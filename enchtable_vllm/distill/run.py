@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -110,6 +112,8 @@ def distil(
     workspace = Workspace(out)
     arguments = training_arguments(recipe, workspace.path)  # joins the processes of a launch
     state = PartialState()
+    if arguments.n_gpu < torch.cuda.device_count() and state.num_processes == 1:
+        say(f"one of {torch.cuda.device_count()} GPUs is used; all of them by 'accelerate launch'")
     if not state.is_main_process:
         say, progress = _nothing, silent
     file, training, held_out = read_examples(data, tokenizer, recipe, drop_duplicates, say)
@@ -121,20 +125,31 @@ def distil(
         "pairs_a_step": recipe.batch_size * recipe.gradient_accumulation * state.num_processes,
         "processes": state.num_processes,
         "device": state.device.type,
-        "versions": {name: version(name) for name in ("accelerate", "torch", "transformers")},
+        "versions": {
+            name: version(name)
+            for name in ("accelerate", "enchtable-vllm", "torch", "transformers")
+        },
     }
     with ExitStack() as stack:
         folder = kept = out
         if state.is_main_process:
+            read = [aligned.path, data, *(() if task is None else task.paths())]
+            kept_beside = [] if keep_surrogate is None else [keep_surrogate]
             folder = stack.enter_context(
-                FolderTransaction(out, overwrite=overwrite, inputs=[aligned.path])
+                FolderTransaction(out, overwrite=overwrite, inputs=[*read, *kept_beside])
             )
-            if keep_surrogate is not None:
+            for beside in kept_beside:
                 kept = stack.enter_context(
-                    FolderTransaction(keep_surrogate, overwrite=overwrite, inputs=[aligned.path])
+                    FolderTransaction(beside, overwrite=overwrite, inputs=[*read, out])
                 )
             stack.enter_context(_cleared(workspace, say))
-            inputs = {**made, "aligned": sampled_fingerprint(checkpoint)}
+            # A template may put today's date into each of them.
+            tokens = json.dumps([training, held_out]).encode()
+            inputs = {
+                **made,
+                "aligned": sampled_fingerprint(checkpoint),
+                "examples": blake3(tokens).hexdigest(),
+            }
             found = workspace.begin(inputs, resume=resume)
             if found:
                 say(f"resuming: {found}")
@@ -145,6 +160,9 @@ def distil(
         if curve is None:
             curve = _train(aligned, tokenizer, training, held_out, recipe, arguments, workspace,
                            say, callbacks)  # fmt: skip
+            gc.collect()  # the model is in circles of its own, and the diagnosis needs its memory
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
         if state.num_processes > 1:
             state.destroy_process_group()  # what follows is one process's work
         if not state.is_main_process:

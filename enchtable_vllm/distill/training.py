@@ -55,7 +55,7 @@ def training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
         folder: Where checkpoints to resume from are kept.
     """
     on_cpu = not torch.cuda.is_available()
-    return TrainingArguments(
+    made = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=recipe.epochs,
         learning_rate=recipe.learning_rate,
@@ -72,7 +72,6 @@ def training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
         dataloader_pin_memory=not on_cpu,
         remove_unused_columns=False,
         prediction_loss_only=True,
-        eval_strategy="epoch" if recipe.eval_share else "no",
         save_strategy="steps" if recipe.save_steps else "no",
         save_steps=recipe.save_steps or 1,
         save_total_limit=1,
@@ -82,6 +81,11 @@ def training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
         report_to=[],
         seed=recipe.seed,
     )
+    if made.n_gpu > 1:
+        # Not launched on several GPUs, Trainer would still use all that it sees, by DataParallel:
+        # as many times the batch, no autocast, and no expansion, whose θ0 is on one of them.
+        made._n_gpu = 1
+    return made
 
 
 def train(
@@ -113,13 +117,14 @@ def train(
     """
     set_seed(arguments.seed)
     used_cache, model.config.use_cache = model.config.use_cache, False
+    callbacks = [_Finite(), *([_EachEpoch()] if held_out else []), *callbacks]
     trainer = (_ByLengthTrainer if group_by_length else Trainer)(
         model=model,
         args=arguments,
         train_dataset=list(training),
         eval_dataset=list(held_out) or None,
         data_collator=collator(model, tokenizer),
-        callbacks=[_Finite(), *callbacks],
+        callbacks=callbacks,
     )
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(_Bar)
@@ -140,7 +145,7 @@ class _ByLength(LengthGroupedSampler):  # type: ignore[misc]  # transformers is 
         self._seed, self._epoch = seed, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Called before each epoch, the one that is resumed too."""
+        """Called before each epoch, the one that is resumed too: see `_Epochs`."""
         self._epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
@@ -152,7 +157,37 @@ class _ByLengthTrainer(Trainer):  # type: ignore[misc]
     def _get_train_sampler(self, train_dataset: Any = None) -> _ByLength:
         examples = train_dataset or self.train_dataset
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return _ByLength(self.args.seed, batch, [example["length"] for example in examples])
+        sampler = _ByLength(self.args.seed, batch, [example["length"] for example in examples])
+        self.add_callback(_Epochs(sampler))
+        return sampler
+
+
+class _Epochs(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
+    """Tells the order by length which epoch begins.
+
+    Trainer tells it too, but not where a run of several processes goes on within an epoch: there
+    accelerate has wrapped it once more.
+    """
+
+    def __init__(self, sampler: _ByLength) -> None:
+        self._sampler = sampler
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        """One that was begun, or that comes after one that has ended."""
+        self._sampler.set_epoch(int((state.epoch or 0.0) + 1e-6))
+
+
+class _EachEpoch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
+    """Evaluates after an epoch's last step, before that step is saved.
+
+    Trainer's own time for it is after: a run that goes on from there would miss it.
+    """
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:  # noqa: ARG002
+        """Evaluate now, if it was the last."""
+        if state.global_step % (state.max_steps // int(args.num_train_epochs)) == 0:
+            control.should_evaluate = True
+        return control
 
 
 def newest_checkpoint(folder: Path) -> str | None:

@@ -1,21 +1,20 @@
-"""From an aligned model and pairs to a vector: what it holds, and what an interruption costs."""
+"""From an aligned model and pairs to a vector: what it holds, and what is refused."""
 
 import csv
 import json
 import shutil
-import stat
 
 import pytest
 import torch
+from distill_runs import Interrupt, as_json, run
 from models import perturbed
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import TrainingArguments
 
 from enchtable_vllm.checkpoint import locate
 from enchtable_vllm.distill.examples import Task
 from enchtable_vllm.distill.recipe import Recipe
-from enchtable_vllm.distill.run import distil
-from enchtable_vllm.distill.training import _ByLength
+from enchtable_vllm.distill.training import _ByLength, training_arguments
 from enchtable_vllm.distill.workspace import Workspace
 from enchtable_vllm.errors import (
     CheckpointError,
@@ -25,45 +24,6 @@ from enchtable_vllm.errors import (
     TrainingDataError,
 )
 from enchtable_vllm.vector import SafetyVector
-
-BRIEF = {
-    "epochs": 2,
-    "batch_size": 2,
-    "gradient_accumulation": 2,
-    "learning_rate": 1e-3,
-    "max_length": 200,
-    "eval_share": 0.2,
-    "save_steps": 4,
-}
-
-
-def run(aligned, pairs, out, *, say=lambda _: None, callbacks=(), dtype="fp32", **options):
-    settings = {k: options.pop(k) for k in list(options) if k in Recipe.__dataclass_fields__}
-    return distil(
-        locate(aligned),
-        pairs,
-        out,
-        Recipe(**{**BRIEF, **settings}),
-        say=say,
-        callbacks=callbacks,
-        dtype=dtype,
-        **options,
-    )
-
-
-def as_json(report):
-    return json.loads(json.dumps(report.to_json()))
-
-
-class Interrupt(TrainerCallback):
-    """As Ctrl-C in the middle of a step."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_begin(self, _args, state, _control, **_):
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
 
 
 def test_the_vector_is_aligned_minus_surrogate_of_fp32_masters(aligned, pairs, tmp_path):
@@ -129,60 +89,37 @@ def test_a_16_bit_aligned_model_costs_the_vector_nothing(aligned, pairs, tmp_pat
         assert torch.equal(vector.read(name).values, stored[name].float() - surrogate[name])
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"scope": "ffn", "linearize": "module", "gradient_checkpointing": True},
-        {"scope": "all", "linearize": "model", "group_by_length": True},
-    ],
-    ids=["attention", "module", "model"],
-)
-def test_resumed_is_bit_for_bit_uninterrupted(aligned, pairs, tmp_path, settings):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    run(aligned, pairs, whole, **settings)
-    workspace = tmp_path / ".broken.training"
-    for step, found in ((5, "checkpoint-4"), (9, "checkpoint-8")):
-        with pytest.raises(KeyboardInterrupt):
-            run(aligned, pairs, broken, callbacks=(Interrupt(step),), **settings)
-        assert not broken.exists()
-        assert stat.S_IMODE(workspace.stat().st_mode) == 0o700
-        assert [p.name for p in workspace.glob("checkpoint-*")] == [found]
-    # a checkpoint that was being written when the process was killed is not one
-    (workspace / "checkpoint-9").mkdir()
-    lines = []
-    run(aligned, pairs, broken, say=lines.append, **settings)
-    assert "resuming: training goes on from checkpoint-8" in lines
-    vectors = [SafetyVector.open(folder) for folder in (whole, broken)]
-    assert vectors[0].fingerprint == vectors[1].fingerprint
-    for name in ("loss.csv", "safety_vector.json", "report.json"):
-        assert (whole / name).read_bytes() == (broken / name).read_bytes()
-    assert not workspace.exists()
+def test_one_of_several_gpus_is_used_unless_it_is_launched(tmp_path, monkeypatch):
+    monkeypatch.setattr(TrainingArguments, "__post_init__", several(TrainingArguments))
+    assert training_arguments(Recipe(), tmp_path).n_gpu == 1
 
 
-def test_interrupted_after_training_it_does_not_train_again(aligned, pairs, tmp_path, monkeypatch):
-    from enchtable_vllm.distill import run as module
+def several(kind):
+    after = kind.__post_init__
 
-    def stop(*_, **__):
-        raise KeyboardInterrupt
+    def seen(self):
+        after(self)
+        self._n_gpu = 8  # as Trainer finds them, where nobody launched a process for each
 
-    with monkeypatch.context() as patched:
-        patched.setattr(module, "write_vector", stop)
-        with pytest.raises(KeyboardInterrupt):
-            run(aligned, pairs, tmp_path / "v")
-    lines = []
-    report = run(aligned, pairs, tmp_path / "v", say=lines.append, callbacks=(Interrupt(0),))
-    assert "resuming: the surrogate is trained" in lines
-    assert len(report.curve) == 12
+    return seen
 
 
-@pytest.mark.parametrize("change", [{"resume": False}, {"seed": 1}], ids=["asked", "other inputs"])
-def test_what_belongs_to_other_inputs_is_begun_anew(aligned, pairs, tmp_path, change):
-    with pytest.raises(KeyboardInterrupt):
-        run(aligned, pairs, tmp_path / "v", callbacks=(Interrupt(5),))
-    lines = []
-    run(aligned, pairs, tmp_path / "v", say=lines.append, **change)
-    assert not [line for line in lines if "resuming" in line]
+def test_outputs_that_would_delete_each_other_or_the_data_are_refused_first(
+    aligned, pairs, tmp_path
+):
+    for out, kept, data in (
+        ("v", "v/surrogate", pairs),
+        ("kept/v", "kept", pairs),
+        ("v", "kept", tmp_path / "v" / "pairs.jsonl"),
+    ):
+        data.parent.mkdir(exist_ok=True)
+        if data != pairs:
+            shutil.copyfile(pairs, data)
+        with pytest.raises(ConfigError, match="none of the inputs"):
+            run(
+                aligned, data, tmp_path / out, keep_surrogate=tmp_path / kept, overwrite=True,
+                callbacks=(Interrupt(0),),
+            )  # fmt: skip
 
 
 def test_batches_of_like_length_come_in_another_order_each_epoch(
