@@ -289,7 +289,9 @@ def test_the_transfer_of_several_seeds_is_a_mean_and_its_bounds(results):
     assert "| fine-tune | 60.0% (50.0–70.0) |" in table
     assert "| merged, β 0.5, as tuned | 60.0% (50.0–70.0) |" in table
     assert "| 0.990 |" in table
-    assert "| fine-tune with SafeDecoding | 50.0% (40.0–60.0) of 200 |" in table
+    assert (
+        "| fine-tune with SafeDecoding (1 of 2 seeds) | 50.0% (40.0–60.0) of 200 |" in table
+    )  # whose interval is not that of several seeds
     assert "90.0%" not in table
     assert "| does not refuse AdvBench (400) | 60.0% (50.0–70.0) |" in str(
         transfer.TABLES["transfer-brief"](results)

@@ -8,8 +8,9 @@ import pytest
 import torch
 import yaml
 
+from benchmarks.harness.rows import append_records
 from benchmarks.safety_transfer import findings, material
-from benchmarks.safety_transfer.measuring import SPLIT, chosen, reaching
+from benchmarks.safety_transfer.measuring import SPLIT, Asking, chosen, reaching
 from benchmarks.safety_transfer.recipes import ABLATIONS, MAIN, Models, digest
 from benchmarks.safety_transfer.steps import Steps
 from benchmarks.safety_transfer.training import _unattenuated, reweight
@@ -138,6 +139,8 @@ def test_a_step_is_done_once_and_its_cost_is_kept(tmp_path):
     again.do(result, lambda: result.write_text("made"))
     again.do(result, lambda: pytest.fail("made twice"))
     assert result.read_text() == "made"
+    assert again.made["result"].keys() == {"device", "versions", "git_sha", "utc"}
+    assert Steps(tmp_path, said.append).made == again.made  # whoever looks at it later
     assert said[-1].startswith("  result: there")
 
 
@@ -224,6 +227,48 @@ def test_rows_hold_rates_differences_and_what_was_merged(tmp_path):
     assert found["merged", "unsafe_mcnemar_p"]["value"] < 1e-10
     assert found["merged", "retained_share"]["beta"] == 0.5
     assert ("task", "unsafe_minus_task") not in found
+
+
+def test_rows_are_of_what_made_them_and_stand_once(tmp_path):
+    rows = [{"seed": 1, "model": "merged"}, {"seed": 0, "model": "sweep-main"}]
+    assert list(map(findings.result, rows)) == [
+        "seed-1/asked/merged/report.json",
+        "seed-0/asked/sweep-main/index.html",
+    ]
+    path = tmp_path / "rows.csv"
+    records = [{**row, "recipe": "r", "utc": "2026"} for row in rows]
+    assert findings.not_in(path, records) == records
+    append_records(records[:1], tuple(records[0]), path)
+    assert findings.not_in(path, records) == records[1:]
+    later = {**records[0], "utc": "2027"}
+    assert findings.not_in(path, [later]) == [later]
+
+
+def test_an_interrupted_evaluation_of_a_merge_is_begun_anew(tmp_path, monkeypatch):
+    """What it had asked was of a server with another count of swaps, which `eval` refuses."""
+    asked = tmp_path / "merged"
+    asked.mkdir()
+    (asked / "request.json").write_text("{}")
+    swaps, evaluated = [], []
+
+    class Server:
+        def swap(self, *wanted):
+            swaps.append(wanted)
+
+        def retained_share(self):
+            return 0.9
+
+    def evaluate(_, __, name):
+        evaluated.append(sorted(path.name for path in (tmp_path / name).iterdir()))
+        (tmp_path / name / "report.json").write_text("{}")
+
+    monkeypatch.setattr(Asking, "evaluate", evaluate)
+    monkeypatch.setattr(Asking, "_attenuation", lambda *_: 0.8)
+    asking = Asking(tmp_path, cast=None, tried=None, steps=None)
+    for _ in range(2):
+        asking.evaluate_merged(Server(), "merged", "main", 1.0)
+    assert swaps == [("main", 1.0)]
+    assert evaluated == [["merged.json"], ["merged.json", "report.json"]]
 
 
 def test_without_a_beta_within_the_budget_the_safest_is_tested_and_named_so():

@@ -7,11 +7,10 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.harness import provenance
 from benchmarks.harness.rows import RESULTS, append_records
 from enchtable_vllm.demo.checkpoints import ANSWER_TOKENS
 from enchtable_vllm.demo.fetch import small_model
-from enchtable_vllm.demo.server import served_dtype
+from enchtable_vllm.demo.measure import TOKENS
 from enchtable_vllm.envs import cache_folder
 from enchtable_vllm.evaluate.report import REPORT_FILE, read_report
 
@@ -66,7 +65,8 @@ def main() -> None:
         packages, options.work.resolve() / "tried", models.problems, _PROBLEMS, _TUNED_PROBLEMS
     )
     taught = material.taught(packages, _FIRST_SEED, models)
-    recipe = digest(models, MAIN, taught, tried.read(), _BETAS, SPLIT, BUDGET)
+    asked = (SPLIT, BUDGET, TOKENS, _WITH_EXPERT, _ASKED_WITH_EXPERT)
+    recipe = digest(models, MAIN, taught, tried.read(), _BETAS, asked)
     work = options.work.resolve() / digest(recipe, ABLATIONS, _ABLATED_BETAS)
     steps = Steps(work)
     answers = _own_answers(shipped, work, packages, models, steps)
@@ -182,17 +182,15 @@ def _report(work: Path, seeds: Sequence[int], steps: Steps, recipe: str, command
         task, merged = (read_report(folder / name) for name in ("task", "merged"))
         print(f"seed {seed}: {findings.verdict(task, merged)}")
     print("\n".join(findings.costs(steps.seconds)))
-    made = {
-        "device": f"{provenance.machine('cpu')}, in {served_dtype()}",
-        "versions": provenance.versions(),
-        "git_sha": provenance.git_sha(),
-        "utc": provenance.now(),
-        "command": command,
-        "recipe": recipe,
-    }
     path = RESULTS / "safety_transfer.csv"
-    append_records([{**row, **made} for row in rows], (*findings.FIELDS, *made), path)
-    print(f"rows appended to {path}")
+    records = [
+        {**row, **steps.made[findings.result(row)], "command": command, "recipe": recipe}
+        for row in rows
+    ]
+    new = findings.not_in(path, records)
+    made = ("device", "versions", "git_sha", "utc", "command", "recipe")
+    append_records(new, (*findings.FIELDS, *made), path)
+    print(f"{len(new)} rows appended to {path}; {len(records) - len(new)} were there")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,25 @@ def rows(folder: Path, seed: int) -> list[dict[str, Any]]:
     for path in sorted(folder.glob("sweep-*/tune.json")):
         found += list(_sweep(path, seed))
     return found
+
+
+def result(row: Mapping[str, Any]) -> str:
+    """The name of the step that a row comes from: see `steps.Steps.made`."""
+    last = "index.html" if str(row["model"]).startswith("sweep-") else REPORT_FILE
+    return f"seed-{row['seed']}/asked/{row['model']}/{last}"
+
+
+def not_in(path: Path, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those that the file of results does not hold yet: of another recipe, seed, model or time."""
+    if not path.exists():
+        return list(records)
+
+    def key(record: Mapping[str, Any]) -> tuple[str, ...]:
+        return tuple(str(record[name]) for name in ("recipe", "seed", "model", "utc"))
+
+    with path.open(newline="") as file:
+        known = {key(record) for record in csv.DictReader(file)}
+    return [record for record in records if key(record) not in known]
 
 
 def _rates(report: Report) -> Iterator[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,8 @@ class Asking:
     ) -> None:
         """Swap a vector in and evaluate, on the test split."""
         if not self.done(name):
+            # What an interrupted run asked was of another count of swaps, which `eval` refuses.
+            shutil.rmtree(self.folder / name, ignore_errors=True)
             server.swap(vector, beta)
             found = {
                 "safety_vector": vector,
@@ -69,7 +72,7 @@ class Asking:
                 "retained_share": server.retained_share(),
                 "median_attenuation": self._attenuation(vector, beta),
             }
-            (self.folder / name).mkdir(exist_ok=True)
+            (self.folder / name).mkdir()
             (self.folder / name / MERGED_FILE).write_text(json.dumps(found))
         self.evaluate(server, name, *options)
 

@@ -157,7 +157,14 @@ def _lines(found: Sequence[Found], models: Sequence[str]) -> Iterator[list[str]]
             + _p(_of(found, model, f"{metric}_mcnemar_p"))
             for metric in METRICS
         )
-        yield [MODELS[model].format(_betas(found, model)), *cells, *_of_its_merge(found, model)]
+        name = MODELS[model].format(_betas(found, model)) + _of_seeds(found, model)
+        yield [name, *cells, *_of_its_merge(found, model)]
+
+
+def _of_seeds(found: Sequence[Found], model: str) -> str:
+    """Of how many, where others have more: two roles of one β are asked once, as the tuned one."""
+    seeds, every = ({one.seed for one in found if one.model == name} for name in (model, "task"))
+    return "" if seeds == every else f" ({len(seeds)} of {len(every)} seeds)"
 
 
 def _betas(found: Sequence[Found], model: str) -> str:

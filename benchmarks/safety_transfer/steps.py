@@ -8,9 +8,25 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from benchmarks.harness import provenance
+from enchtable_vllm.demo.server import served_dtype
+
+
+def provenance_now() -> dict[str, str]:
+    """What makes a figure now; of rows of results."""
+    return {
+        "device": f"{provenance.machine('cpu')}, in {served_dtype()}",
+        "versions": provenance.versions(),
+        "git_sha": provenance.git_sha(),
+        "utc": provenance.now(),
+    }
+
 
 class Steps:
     """Does steps, and keeps what they cost in ``costs.json``, interrupted attempts included.
+
+    What made each is kept in ``made.json``: a later run, of another commit or on another machine,
+    finds it there and is not what measured it.
 
     Args:
         folder: The run's.
@@ -23,7 +39,11 @@ class Steps:
         self._folder = folder
         self._say = say
         self._within = [0.0]
-        self._within = [0.0]
+        self._made_file = folder / "made.json"
+        #: Result → the machine, the commit and the time that made it.
+        self.made: dict[str, dict[str, str]] = (
+            json.loads(self._made_file.read_text()) if self._made_file.exists() else {}
+        )
         self.seconds: dict[str, float] = (
             json.loads(self._file.read_text()) if self._file.exists() else {}
         )
@@ -42,6 +62,8 @@ class Steps:
         self._say(f"> {name} ...")
         with self.timed(name):
             make()
+        self.made[name] = provenance_now()
+        self._made_file.write_text(json.dumps(self.made, indent=1))
         self._say(f"  {name}: {self.seconds[name]:.0f} s")
 
     @contextmanager

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from enchtable_vllm.checkpoint import Checkpoint, locate, sampled_fingerprint
 from enchtable_vllm.demo import data
@@ -191,6 +191,7 @@ def _make_adapter(task: Path, target: Path, pairs: Sequence[Pair], recipe: Recip
     )
     tokenizer = AutoTokenizer.from_pretrained(task)
     partial = target.with_name(target.name + ".partial")
+    set_seed(recipe.seed)  # the adapter begins at random
     adapted = get_peft_model(
         model, LoraConfig(r=8, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
     )
