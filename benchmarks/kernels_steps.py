@@ -8,6 +8,7 @@ are not always twice one: a cloud's are often two threads of the same.
 
 from __future__ import annotations
 
+import mmap
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -75,7 +76,9 @@ def _work(step: str, file: Path) -> Callable[[int], object]:
     from enchtable_kernels import cpu
 
     size = _PIECE * _BF16
-    stored, delta = memoryview(bytearray(size)), memoryview(bytearray(size))
+    # Whole pages. The C library's large memory begins 16 bytes after a page, where reading what
+    # begins a page is a third as fast on AMD's Zen 3; tensors in files begin anywhere.
+    stored, delta = (memoryview(mmap.mmap(-1, size)) for _ in range(2))
     if step == "read both":
         descriptor = os.open(file, os.O_RDONLY)  # closed with the process
 
