@@ -27,7 +27,7 @@ STEPS = ("read both", "hash the delta", "add")
 _ALONE, _OP, _SHAPE = "one core", "step", "2^20 elements, bf16 + bf16"
 _PIECE = 2**19  # of elements
 _OF = 2**20
-_PIECES = 32  # of the file, 64 MiB: more than a core's caches
+_PIECES = 64  # of the file, 64 MiB: more than a core's caches
 _BF16 = 2
 _PATIENCE_SECONDS = 300
 

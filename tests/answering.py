@@ -35,6 +35,8 @@ class Answering:
         self.root_plan = ""  # and of that of what is swapped in
         self.deaf = False  # to what β it is asked for
         self.state = "serving"
+        self.dissents_after = None  # a vector: a rank stays behind when it is swapped away
+        self.disagreeing = 0
         self.dies_in = None  # a vector: a swap to it fails half-way
         self.error = {"message": "not now", "type": "x", "code": "x"}  # of chat requests
         self.tokens = None  # called with a body that asks for logprobs: [(token, share)]
@@ -92,7 +94,7 @@ class Answering:
             "state": self.state, "ready": self.state == "serving",
             "weight_version": f"{self.vector}:{self.beta}",
             "epoch": self.epoch, "task_model": {"id": MODEL, "fingerprint": "blake3:tt"},
-            "active": active, "disagreeing": 0,
+            "active": active, "disagreeing": self.disagreeing,
             "rolls_back_to": self.history[-1][0] if self.history else None,
             "engines": [{"engine": 0, "ranks": [rank | {"rank": 0, "epoch": self.epoch}]}],
         }  # fmt: skip
@@ -115,6 +117,7 @@ class Answering:
             self.state = "failed"
             return 500, {"error": {"code": "failed", "message": "m.", "fix": "f."}}
         self.state = "serving"
+        self.disagreeing = int(self.vector == self.dissents_after != name)
         self.history.append(before)
         self.vector, self.beta, self.plan = wanted
         self.epoch += 1

@@ -186,6 +186,7 @@ def _report(work: Path, seeds: Sequence[int], steps: Steps, recipe: str, command
     records = [
         {**row, **steps.made[findings.result(row)], "command": command, "recipe": recipe}
         for row in rows
+        if findings.result(row) in steps.made  # not of a sweep that has not come to its end
     ]
     new = findings.not_in(path, records)
     made = ("device", "versions", "git_sha", "utc", "command", "recipe")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -119,7 +120,10 @@ def make_judge(
     if url is None or model is None:
         raise typer.BadParameter("it needs --judge-url and --judge-model", param_hint="--judge")
     base = url.rstrip("/").removesuffix("/v1")
-    key, trusted = envs.judge_api_key() or "none", trust(ca_file)
+    key = envs.judge_api_key() or "none"
+    trusted = trust(ca_file)
+    if isinstance(trusted, ssl.SSLContext):
+        trusted.load_default_certs()  # the judge may be somebody else's than the server
 
     def connect() -> AsyncOpenAI:
         http = DefaultAsyncHttpxClient(verify=trusted)

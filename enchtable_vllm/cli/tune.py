@@ -104,7 +104,7 @@ def tune(
     options.require_extra("tune")
     from enchtable_vllm.evaluate.ask import Server
     from enchtable_vllm.evaluate.jobs import Sampling, Wanted
-    from enchtable_vllm.evaluate.run import Evaluation, evaluate, what_is_asked
+    from enchtable_vllm.evaluate.run import Evaluation, ask_judge, evaluate, what_is_asked
     from enchtable_vllm.evaluate.tune import PAGE_FILE, Tune
     from enchtable_vllm.evaluate.tune import tune as sweep
 
@@ -153,6 +153,8 @@ def tune(
     bounds = _numbers(search_range, "--range")
     if search and (len(bounds) != 2 or bounds[0] >= bounds[1]):
         raise typer.BadParameter("a smaller and a larger one", param_hint="--range")
+    what = what_is_asked(evaluation)
+    ask_judge(evaluation)
     with progress_bar("Evaluating") as progress:
         tuning = sweep(
             Tune(
@@ -163,7 +165,7 @@ def tune(
                     safety_vector=safety_vector,
                     betas=() if betas is None else _numbers(betas, "--betas"),
                     search=(bounds[0], bounds[1], steps) if search else None,
-                    what=what_is_asked(evaluation),
+                    what=what,
                 ),
                 budget=Budget(utility_budget, over_refusal_budget),
                 keep=keep,

@@ -35,7 +35,7 @@ from enchtable_vllm.distill.precision import computes_bf16
 from enchtable_vllm.distill.recipe import Recipe
 from enchtable_vllm.distill.report import DistilReport, write_report
 from enchtable_vllm.distill.training import Step, train, training_arguments
-from enchtable_vllm.distill.workspace import Workspace
+from enchtable_vllm.distill.workspace import EXAMPLES, Workspace
 from enchtable_vllm.errors import ConfigError, EnchTableError
 from enchtable_vllm.progress import Progress, silent
 from enchtable_vllm.vector.build import StoredDtype, compare, write_vector
@@ -125,10 +125,7 @@ def distil(
         "pairs_a_step": recipe.batch_size * recipe.gradient_accumulation * state.num_processes,
         "processes": state.num_processes,
         "device": state.device.type,
-        "versions": {
-            name: version(name)
-            for name in ("accelerate", "enchtable-vllm", "torch", "transformers")
-        },
+        "versions": {name: version(name) for name in ("accelerate", "torch", "transformers")},
     }
     with ExitStack() as stack:
         folder = kept = out
@@ -148,11 +145,11 @@ def distil(
             inputs = {
                 **made,
                 "aligned": sampled_fingerprint(checkpoint),
-                "examples": blake3(tokens).hexdigest(),
+                EXAMPLES: blake3(tokens).hexdigest(),
             }
             found = workspace.begin(inputs, resume=resume)
             if found:
-                say(f"resuming: {found}")
+                say(found)
             if recipe.bf16 and state.device.type == "cpu" and not computes_bf16():
                 say("this CPU has no instructions for bf16; --fp32 is several times as fast")
         state.wait_for_everyone()

@@ -16,6 +16,8 @@ from pathlib import Path
 from enchtable_vllm.distill.training import Step, newest_checkpoint
 from enchtable_vllm.errors import ConfigError
 
+#: The input that may be another on another day.
+EXAMPLES = "examples"
 _INPUTS = "inputs.json"
 _CURVE = "curve.json"  # written last: the surrogate beside it is whole
 
@@ -40,16 +42,19 @@ class Workspace:
             resume: False: begin anew.
 
         Returns:
-            What is taken over, for people; nothing if this is a beginning.
+            What is taken over, or why nothing is, for people; nothing if this is a beginning.
 
         Raises:
             ConfigError: The folder cannot be made.
         """
         text = json.dumps(inputs, indent=2, sort_keys=True)
         stored = self.path / _INPUTS
+        anew = ""
         try:
-            same = stored.is_file() and stored.read_text(encoding="utf-8") == text
-            if not (resume and same):
+            others = self._others(text)
+            if others is None or others or not resume:
+                if others and resume:
+                    anew = f"begun anew: an interrupted run was of other {', '.join(others)}"
                 self.remove()
                 self.path.mkdir(mode=0o700, parents=True)
                 stored.write_text(text, encoding="utf-8")
@@ -61,9 +66,25 @@ class Workspace:
                 fix="Choose another output, or remove the folder.",
             ) from error
         if self.curve() is not None:
-            return "the surrogate is trained"
+            return "resuming: the surrogate is trained"
         newest = newest_checkpoint(self.path)
-        return f"training goes on from {Path(newest).name}" if newest else ""
+        return f"resuming: training goes on from {Path(newest).name}" if newest else anew
+
+    def _others(self, text: str) -> list[str] | None:
+        """Which inputs are not those that it was begun with; None: it was not begun.
+
+        What was trained is trained: tokens that a template makes of today's date are none then.
+        """
+        stored = self.path / _INPUTS
+        if not stored.is_file():
+            return None
+        try:
+            before, now = json.loads(stored.read_text(encoding="utf-8")), json.loads(text)
+        except ValueError:  # the process was killed while it wrote
+            return None
+        names = sorted({*before, *now})
+        others = [name for name in names if before.get(name) != now.get(name)]
+        return [] if others == [EXAMPLES] and self.curve() is not None else others
 
     def finish(self, curve: Sequence[Step]) -> None:
         """The surrogate is there: checkpoints are needed no more."""

@@ -123,6 +123,16 @@ def evaluate(evaluation: Evaluation, output: Path, progress: Progress) -> Report
         return _evaluate(evaluation, output, progress)
 
 
+def ask_judge(evaluation: Evaluation) -> None:
+    """Have the judge judge something harmless, before there is anything to lose.
+
+    Raises:
+        EvaluationError: It does not.
+    """
+    if evaluation.wanted.safety:
+        asyncio.run(evaluation.judge.judge(*_HARMLESS))
+
+
 def what_is_asked(evaluation: Evaluation) -> str:
     """A digest of all that decides what is asked and how it is marked, whoever is asked.
 
@@ -138,11 +148,10 @@ def what_is_asked(evaluation: Evaluation) -> str:
 def _evaluate(evaluation: Evaluation, output: Path, progress: Progress) -> Report:
     wanted = evaluation.wanted
     jobs = make_jobs(wanted, evaluation.judge)  # before the first word to a server
+    ask_judge(evaluation)
     model, served, epoch = asyncio.run(_look(evaluation))
     request = _request(evaluation, jobs, model, served, epoch)
     _take_over(output / REQUEST_FILE, request)
-    if any(job.kind == "safety" for job in jobs):
-        asyncio.run(evaluation.judge.judge(*_HARMLESS))  # before there is anything to lose
     around = BASELINES[evaluation.baseline] if evaluation.baseline else None
     try:
         answers = ask(

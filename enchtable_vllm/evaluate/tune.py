@@ -31,7 +31,15 @@ from enchtable_vllm.evaluate.tune_journal import (
 from enchtable_vllm.evaluate.tune_page import tune_page
 from enchtable_vllm.fleet.client import Client, ServerRefused
 from enchtable_vllm.fleet.documents import NO_VECTOR, Goal, Served
-from enchtable_vllm.fleet.exchange import How, NotAsAsked, roll_back, settled, swap
+from enchtable_vllm.fleet.exchange import (
+    How,
+    NotAsAsked,
+    faults,
+    require,
+    roll_back,
+    settled,
+    swap,
+)
 from enchtable_vllm.fleet.preflight import Verified, Wish, verify
 
 PAGE_FILE = "index.html"
@@ -158,7 +166,7 @@ async def _status(wanted: Tune) -> Served:
 async def _check(wanted: Tune) -> Weights:
     """Before the first swap: whether the server can serve the vector at all; and which it is."""
     async with wanted.connect() as client:
-        one = await _verified(client, wanted.sweep.safety_vector, None, dry_run=True)
+        one = await _verified(client, wanted, wanted.sweep.safety_vector, None, dry_run=True)
     return one.status.task_model.fingerprint, one.goal.vector_digest, one.goal.plan_digest
 
 
@@ -178,6 +186,8 @@ async def _demand_way_back(wanted: Tune, before: Served) -> None:
                 timeout_seconds=wanted.how.timeout_seconds,
             )
         except ServerRefused as error:
+            if error.code not in ("unknown_vector", "no_plan"):
+                raise
             got = error
         else:
             if Goal.of(before).met_by(tried.active):
@@ -187,20 +197,24 @@ async def _demand_way_back(wanted: Tune, before: Served) -> None:
         f"server {wanted.sweep.url}",
         expected=f"to be able to give it back what it serves ({before}), by that name",
         got=got,
-        fix="Swap it to a vector of its root first ('enchtable swap'), then tune.",
+        fix="Swap it to a vector of its root, or of a repository that it allows, first "
+        "('enchtable swap'), then tune.",
     )
 
 
 async def _swap(wanted: Tune, vector: str, beta: float | None) -> None:
     async with wanted.connect() as client:
         by_list = not (vector.startswith("@") or "/" in vector)
-        one = await _verified(client, vector, beta, dry_run=not by_list)
+        one = await _verified(client, wanted, vector, beta, dry_run=not by_list)
         goal = one.goal if beta is None else one.goal.model_copy(update={"beta": beta})
         await swap(client, vector, beta, goal, one.served, wanted.how)
 
 
-async def _verified(client: Client, vector: str, beta: float | None, *, dry_run: bool) -> Verified:
-    verified, refusals = await verify([client], Wish(vector, beta, dry_run=dry_run))
+async def _verified(
+    client: Client, wanted: Tune, vector: str, beta: float | None, *, dry_run: bool
+) -> Verified:
+    wish = Wish(vector, beta, dry_run=dry_run, timeout_seconds=wanted.how.timeout_seconds)
+    verified, refusals = await verify([client], wish)
     if refusals:
         raise MismatchError(
             f"server {client.target.url}",
@@ -285,17 +299,19 @@ async def _back(wanted: Tune, before: Served) -> None:
     """By a swap; where that name leads elsewhere by now, by the server's history, step by step."""
     async with wanted.connect() as client:
         status = await settled(client, wanted.how)
-        served = Served.of(status)
-        if served.same(before) and status.state == "serving" and status.ready:
+        if not faults(status, Goal.of(before)):
             return
+        served = Served.of(status)
         try:
             await swap(
                 client, before.safety_vector, before.beta, Goal.of(before), served, wanted.how
             )
         except (ServerRefused, NotAsAsked):
             for _ in range(_LONGEST_HISTORY):
-                served = Served.of(await settled(client, wanted.how))
+                status = await settled(client, wanted.how)
+                served = Served.of(status)
                 if served.same(before):
+                    require(client, status, Goal.of(before))  # on every rank, and to everybody
                     return
                 await roll_back(client, served, wanted.how)
             raise

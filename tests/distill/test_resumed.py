@@ -1,5 +1,6 @@
 """What an interruption of a distillation costs: nothing but its time."""
 
+import json
 import stat
 from types import SimpleNamespace
 
@@ -92,7 +93,25 @@ def test_other_tokens_of_the_same_files_are_other_inputs(aligned, pairs, tmp_pat
     monkeypatch.setattr(module, "encode", tomorrow)
     lines = []
     run(aligned, pairs, tmp_path / "v", say=lines.append)
+    assert "begun anew: an interrupted run was of other examples" in lines
     assert not [line for line in lines if "resuming" in line]
+
+
+def test_what_was_trained_before_the_date_changed_is_trained(aligned, pairs, tmp_path, monkeypatch):
+    from enchtable_vllm.distill import run as module
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "write_vector", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(aligned, pairs, tmp_path / "v")
+    inputs = tmp_path / ".v.training" / "inputs.json"
+    inputs.write_text(json.dumps(json.loads(inputs.read_text()) | {"examples": "of yesterday"}))
+    lines = []
+    run(aligned, pairs, tmp_path / "v", say=lines.append, callbacks=(Interrupt(0),))
+    assert "resuming: the surrogate is trained" in lines
 
 
 def test_interrupted_after_training_it_does_not_train_again(aligned, pairs, tmp_path, monkeypatch):

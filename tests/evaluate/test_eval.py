@@ -238,6 +238,7 @@ def test_a_judge_that_is_not_there_is_named_before_anything_is_asked(sets, tmp_p
     assert "judge 'guard' at " in error
     assert "NotFoundError" in error
     assert server.asked == []
+    assert not (tmp_path / "report" / "request.json").exists()  # for another judge, the same folder
 
 
 def test_the_self_reminder_stands_around_every_prompt_of_any_server(sets, tmp_path):

@@ -285,11 +285,13 @@ def test_what_could_not_be_given_back_by_its_name_is_not_swept(sets, tmp_path):
     assert server.swaps == []
 
 
-def test_a_server_that_serves_another_beta_than_asked_for_is_not_measured(sets, tmp_path):
+@pytest.mark.parametrize("vector", ["sv-b", f"org/sv@{'0' * 40}"])
+def test_a_server_that_serves_another_beta_than_asked_for_is_not_measured(sets, tmp_path, vector):
     server = Answering(rule)
     server.deaf = True
     with server.serve() as url:
-        asked = sweep(url, sets, tmp_path / "sweep", "--betas", "1", "--limit", "2")
+        asked = sweep(url, sets, tmp_path / "sweep", "--betas", "1", "--limit", "2",
+                      "--safety-vector", vector)  # fmt: skip
         _, error = command(*asked, code=1, ENCHTABLE_ADMIN_TOKEN=TOKEN)
     assert "NotAsAsked" in error
     assert (server.vector, server.beta) == ("sv-a", 0.5)
@@ -304,6 +306,31 @@ def test_a_server_that_failed_is_not_taken_for_given_back(sets, tmp_path):
         command(*asked, code=1, ENCHTABLE_ADMIN_TOKEN=TOKEN)
     assert [name for name, _ in server.swaps] == ["@none", "sv-a"]
     assert server.state == "serving"
+
+
+def test_a_rank_that_did_not_come_back_with_the_others_is_said(sets, tmp_path):
+    """The first rank's word is not enough."""
+    server = Answering(rule)
+    server.dissents_after = "sv-b"
+    with server.serve() as url:
+        asked = sweep(url, sets, tmp_path / "sweep", "--betas", "1", "--limit", "2")
+        _, error = command(*asked, code=1, ENCHTABLE_ADMIN_TOKEN=TOKEN)
+    assert "it to serve again what it did" in error
+    assert "disagree" in error
+    assert json.loads((tmp_path / "sweep" / "tune.json").read_text())["restored"] is False
+
+
+def test_a_judge_that_is_not_there_is_named_before_the_first_swap(sets, tmp_path):
+    server = Answering(rule)
+    with server.serve() as url:
+        asked = sweep(
+            url, sets, tmp_path / "sweep", "--betas", "1.0", "--judge", "llama-guard-3",
+            "--judge-url", f"{url}/nowhere", "--judge-model", "guard",
+        )  # fmt: skip
+        _, error = command(*asked, code=1, ENCHTABLE_ADMIN_TOKEN=TOKEN)
+    assert "judge 'guard' at " in error
+    assert server.swaps == []
+    assert not (tmp_path / "sweep" / "tune.json").exists()
 
 
 def test_a_search_in_another_range_measures_there(sets, tmp_path):
