@@ -21,7 +21,7 @@ from benchmarks import (
     runs,
 )
 from benchmarks.harness import NotVerified, Options, registry, row
-from benchmarks.harness.registry import REGISTRY, Benchmark
+from benchmarks.harness.registry import REGISTRY, Benchmark, find
 from benchmarks.harness.rows import read
 from benchmarks.kernels_occupancy import Usage, occupancy
 from enchtable_vllm.errors import ConfigError
@@ -82,7 +82,8 @@ def test_they_are_listed_with_their_options():
     assert all(benchmark.name in invoke("list").stdout for benchmark in REGISTRY)
     listed = json.loads(invoke("list", "--json").stdout)
     assert [one["name"] for one in listed] == [benchmark.name for benchmark in REGISTRY]
-    assert json.loads(invoke("list", "load", "--json").stdout)["options"]["rounds"]["default"] == 5
+    told = json.loads(invoke("list", "load", "--json").stdout)["options"]
+    assert told["rounds"]["default"] == find("load").options().rounds
 
 
 def test_a_run_writes_rows_with_what_made_them(monkeypatch, results):
