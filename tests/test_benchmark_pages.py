@@ -7,7 +7,7 @@ import pytest
 from docs_text import PAGES, ROOT, blocks
 from typer.main import get_command
 
-from benchmarks import commands
+from benchmarks import commands, kernels_steps
 from benchmarks.architectures import LLAMA_1B
 from benchmarks.harness import plot, row, tables
 from benchmarks.harness.results import Results
@@ -107,12 +107,17 @@ def results(tmp_path):
                 ("torch eager", 5.0),
             )
         ]
+        steps = [
+            row("step", cores, "2^20 elements, bf16 + bf16", "bf16", [1e-3] * 3, metric=step)
+            for cores in ("one core", "each of 2")
+            for step in kernels_steps.STEPS
+        ]
         compiled = [
             row("compiled", "sm_90", variant, variant.dtype, [value], metric=metric)
             for variant in variants()
             for metric, value in (("registers", 40), ("spills", 0), ("occupancy", 0.75))
         ]
-        write(tmp_path, name, [*adds, *compiled])
+        write(tmp_path, name, [*adds, *compiled, *steps])
     transferred = [
         {"model": model, "seed": 0, "split": split, "set": of, "beta": beta, "metric": metric,
          "value": 0.5, "low": 0.4, "high": 0.6, "n": 400, "device": "a machine, 2 cores",
