@@ -97,7 +97,7 @@ def test_other_tokens_of_the_same_files_are_other_inputs(aligned, pairs, tmp_pat
     assert not [line for line in lines if "resuming" in line]
 
 
-def test_what_was_trained_before_the_date_changed_is_trained(aligned, pairs, tmp_path, monkeypatch):
+def interrupt_after_training(monkeypatch, aligned, pairs, out):
     from enchtable_vllm.distill import run as module
 
     def stop(*_, **__):
@@ -106,7 +106,11 @@ def test_what_was_trained_before_the_date_changed_is_trained(aligned, pairs, tmp
     with monkeypatch.context() as patched:
         patched.setattr(module, "write_vector", stop)
         with pytest.raises(KeyboardInterrupt):
-            run(aligned, pairs, tmp_path / "v")
+            run(aligned, pairs, out)
+
+
+def test_what_was_trained_before_the_date_changed_is_trained(aligned, pairs, tmp_path, monkeypatch):
+    interrupt_after_training(monkeypatch, aligned, pairs, tmp_path / "v")
     inputs = tmp_path / ".v.training" / "inputs.json"
     inputs.write_text(json.dumps(json.loads(inputs.read_text()) | {"examples": "of yesterday"}))
     lines = []
@@ -115,15 +119,7 @@ def test_what_was_trained_before_the_date_changed_is_trained(aligned, pairs, tmp
 
 
 def test_interrupted_after_training_it_does_not_train_again(aligned, pairs, tmp_path, monkeypatch):
-    from enchtable_vllm.distill import run as module
-
-    def stop(*_, **__):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(module, "write_vector", stop)
-        with pytest.raises(KeyboardInterrupt):
-            run(aligned, pairs, tmp_path / "v")
+    interrupt_after_training(monkeypatch, aligned, pairs, tmp_path / "v")
     lines = []
     report = run(aligned, pairs, tmp_path / "v", say=lines.append, callbacks=(Interrupt(0),))
     assert "resuming: the surrogate is trained" in lines
