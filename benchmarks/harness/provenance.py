@@ -32,14 +32,18 @@ def command(name: str, size: Size, assignments: Sequence[str]) -> str:
 
 def stamped(rows: Iterable[Row], device: Device, typed: str) -> list[Row]:
     """The rows of one run, with what made them."""
-    provenance = {
+    provenance = {**made_now(device), "command": typed}
+    return [dataclasses.replace(row, **provenance) for row in rows]  # type: ignore[arg-type]
+
+
+def made_now(device: Device) -> dict[str, str]:
+    """What makes a figure at this moment, in the columns of results."""
+    return {
         "device": machine(device),
         "versions": versions(),
         "git_sha": git_sha(),
         "utc": now(),
-        "command": typed,
     }
-    return [dataclasses.replace(row, **provenance) for row in rows]  # type: ignore[arg-type]
 
 
 def machine(device: Device) -> str:

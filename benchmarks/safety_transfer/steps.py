@@ -12,16 +12,6 @@ from benchmarks.harness import provenance
 from enchtable_vllm.demo.server import served_dtype
 
 
-def provenance_now() -> dict[str, str]:
-    """What makes a figure now; of rows of results."""
-    return {
-        "device": f"{provenance.machine('cpu')}, in {served_dtype()}",
-        "versions": provenance.versions(),
-        "git_sha": provenance.git_sha(),
-        "utc": provenance.now(),
-    }
-
-
 class Steps:
     """Does steps, and keeps what they cost in ``costs.json``, interrupted attempts included.
 
@@ -62,7 +52,8 @@ class Steps:
         self._say(f"> {name} ...")
         with self.timed(name):
             make()
-        self.made[name] = provenance_now()
+        made = provenance.made_now("cpu")
+        self.made[name] = {**made, "device": f"{made['device']}, in {served_dtype()}"}
         self._made_file.write_text(json.dumps(self.made, indent=1))
         self._say(f"  {name}: {self.seconds[name]:.0f} s")
 
