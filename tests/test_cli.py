@@ -5,25 +5,13 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from commands import execute, run
 from typer.testing import CliRunner
 
 from enchtable_vllm import cli
 from enchtable_vllm.plan import read_plan
-
-ENCHTABLE = Path(sys.executable).with_name("enchtable")
-
-
-def run(*arguments, code=0):
-    """In a process of its own, as a user runs it: (standard output, standard error)."""
-    done = subprocess.run(
-        [str(ENCHTABLE), *map(str, arguments)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    return done.stdout, done.stderr
 
 
 def test_build_plan_merge_as_documented(family, tmp_path):
@@ -32,14 +20,16 @@ def test_build_plan_merge_as_documented(family, tmp_path):
     shutil.copytree(family.task, task, ignore=shutil.ignore_patterns("merge_plan.json", "safety*"))
     vector = task / "safety-vector"
     ends = ("--aligned", family.aligned, "--surrogate", family.surrogate)
-    out, _ = run("vector", "build", *ends, "--scope", "attention", "--dtype", "bf16", "-o", vector)
+    out, _ = execute(
+        "vector", "build", *ends, "--scope", "attention", "--dtype", "bf16", "-o", vector
+    )
     assert "Handle it like the surrogate" in out
-    out, _ = run("vector", "verify", vector)
+    out, _ = execute("vector", "verify", vector)
     assert "8 tensors verified" in out
-    out, _ = run("vector", "inspect", vector)
+    out, _ = execute("vector", "inspect", vector)
     assert "self_attn.q_proj.weight" in out
     names = ("--task-model", task, "--base-model", family.base, "--safety-vector", vector)
-    out, _ = run("plan", *names, "--beta", "0.5")
+    out, _ = execute("plan", *names, "--beta", "0.5")
     for text in (
         "self_attn.q_proj",
         "kept 13: not in the safety vector",
@@ -50,7 +40,7 @@ def test_build_plan_merge_as_documented(family, tmp_path):
     assert "--model-loader-extra-config" not in out  # the folder carries everything
     assert (task / "merge_plan.json").read_text() == family.plan.read_text()
     merge = ("merge", "--task-model", task, "--safety-vector", vector)
-    out, _ = run(*merge, "--plan", task / "merge_plan.json", "-o", tmp_path / "merged")
+    out, _ = execute(*merge, "--plan", task / "merge_plan.json", "-o", tmp_path / "merged")
     assert "safety vector merged: 8 merged, 13 kept, 0 filtered" in out
     assert (tmp_path / "merged" / "model.safetensors").is_file()
 
@@ -121,9 +111,9 @@ def test_hub_task_model_needs_an_output(family, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     names = ("--task-model", "org/task", "--base-model", family.base)
-    _, error = run("plan", *names, "--safety-vector", family.vector, code=1)
+    _, error = execute("plan", *names, "--safety-vector", family.vector, code=1)
     assert "--output" in error
-    run("plan", *names, "--safety-vector", family.vector, "-o", tmp_path / "p.json")
+    execute("plan", *names, "--safety-vector", family.vector, "-o", tmp_path / "p.json")
     plan, _ = read_plan(tmp_path / "p.json")
     assert (plan.task_model.id, plan.task_model.revision) == ("org/task", commit)
 

@@ -9,8 +9,8 @@ import sys
 import models
 import pytest
 import torch
+from commands import run
 from safetensors.torch import load_file, save_file
-from test_cli import run
 from test_interference import KINDS, exact_low_rank, gaussian, low_rank
 
 from enchtable_vllm.checkpoint import Location, locate

@@ -6,8 +6,8 @@ import shutil
 import models
 import pytest
 import torch
+from commands import run
 from safetensors.torch import load_file, save_file
-from test_cli import run
 
 from enchtable_kernels import pack_keep
 from enchtable_vllm.checkpoint import Location, tensor_digest

@@ -6,8 +6,8 @@ greedy tokens with the same logprobs.
 
 import models
 import pytest
+from commands import run
 from packaging.version import Version
-from test_cli import run
 from vllm_runs import ONE_PROCESS, changed, merged_offline, probe
 
 from enchtable_vllm.serving import versions
