@@ -112,7 +112,8 @@ def test_another_process_with_other_threads_writes_the_same_bytes(family, factor
     assert again.stdout == family.plan.read_text()
 
 
-def test_workers_leave_the_threads_and_the_precision_as_they_were():
+def test_workers_leave_the_threads_and_the_precision_as_they_were(monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)  # so does a CPU worker of vLLM
     before = torch.get_num_threads(), torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:

@@ -15,6 +15,9 @@ from typing import TypeVar
 
 import torch
 
+# A CPU worker of vLLM puts a stand-in that does nothing in the place of `torch.set_num_threads`.
+from torch._C import set_num_threads
+
 from enchtable_vllm.errors import ConfigError
 
 _MOST = 8  # each holds a few tensors
@@ -47,13 +50,13 @@ def workers(jobs: int) -> Iterator[ThreadPoolExecutor]:
     """
     precision, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
     torch.set_float32_matmul_precision("highest")
-    pool = ThreadPoolExecutor(jobs, "enchtable", torch.set_num_threads, (1,))
+    pool = ThreadPoolExecutor(jobs, "enchtable", set_num_threads, (1,))
     try:
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
         # Each worker's own setting is also the default of threads that are born later.
-        torch.set_num_threads(threads)
+        set_num_threads(threads)
         torch.set_float32_matmul_precision(precision)
 
 
