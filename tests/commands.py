@@ -41,4 +41,5 @@ def run(*arguments, code=0):
         for stop, handler in stops.items():
             signal.signal(stop, handler)
     assert ended.value.code == code, out.getvalue() + errors.getvalue()
+    assert "Traceback" not in errors.getvalue()
     return out.getvalue(), errors.getvalue()

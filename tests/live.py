@@ -15,6 +15,7 @@ from pathlib import Path
 import httpx
 import models
 from safetensors.torch import load_file, save_file
+from vllm_runs import ONE_PROCESS
 
 from enchtable_vllm.checkpoint import Checkpoint, locate, sampled_fingerprint, tensor_digest
 from enchtable_vllm.demo.server import Server, free_port
@@ -28,9 +29,6 @@ ARGUMENTS = [
     "--load-format", "enchtable", "--dtype", "bfloat16", "--max-model-len", "512",
     "--skip-tokenizer-init",
 ]  # fmt: skip
-#: A single rank computes in the engine's own process, as it does on a GPU. vLLM's CPU build would
-#: start one more for it, which takes a third of the time until a server is up.
-ONE_RANK_IN_ENGINE = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 
 @dataclass(frozen=True)
@@ -122,7 +120,7 @@ class Live(Server):
     def __init__(self, root, log, *arguments, start=None, token=True, variables=None):
         keys = {"vector_root": str(root.path), "safety_vector": "sv-a", **(start or {})}
         extra = ["--model-loader-extra-config", json.dumps(keys)]
-        own = ONE_RANK_IN_ENGINE | {"VLLM_PLUGINS": "enchtable"}
+        own = ONE_PROCESS | {"VLLM_PLUGINS": "enchtable"}
         if token:
             own["ENCHTABLE_ADMIN_TOKEN"] = TOKEN
         super().__init__(

@@ -2,16 +2,15 @@
 
 import json
 import subprocess
-import sys
 import threading
 from contextlib import contextmanager
-from pathlib import Path
 
 import models
 import psutil
 import pytest
 import ray
 import torch
+from commands import ENCHTABLE
 from safetensors.torch import save_file
 
 from enchtable_vllm.checkpoint import Location, locate, tensor_digest
@@ -20,7 +19,6 @@ from enchtable_vllm.plan import PlanOptions, cluster, compute_plan
 from enchtable_vllm.plan.journal import Journal
 from enchtable_vllm.vector import SafetyVector, build_vector
 
-ENCHTABLE = Path(sys.executable).with_name("enchtable")
 LAYERS = 12
 PROJECTION = "model.layers.{}.self_attn.q_proj.weight"
 

@@ -5,13 +5,12 @@ import json
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import models
 import pytest
 import torch
+from commands import ENCHTABLE
 from safetensors.torch import load_file, save_file
 
 from enchtable_vllm.checkpoint import Location, locate
@@ -22,7 +21,6 @@ from enchtable_vllm.plan.journal import Journal
 from enchtable_vllm.progress import silent
 from enchtable_vllm.vector import SafetyVector, build_vector, factors
 
-ENCHTABLE = Path(sys.executable).with_name("enchtable")
 LAYERS = 24
 
 

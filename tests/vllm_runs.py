@@ -13,7 +13,9 @@ from enchtable_vllm.plan import read_plan, resolve_plan
 from enchtable_vllm.vector import SafetyVector
 
 PROBE = Path(__file__).parent / "serving" / "probe.py"
-#: For `probe`, on one rank: every setting after one start.
+#: A single rank computes in its engine's own process, as it does on a GPU. vLLM's CPU build would
+#: start one more for it, which takes a third of the time until a server is up. And of `probe` the
+#: engine, too, is in the process that asks: every setting after one start.
 ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 _NOT_INHERITED = ("TRITON_INTERPRET", "VLLM_PLUGINS")
 

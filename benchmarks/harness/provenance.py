@@ -33,6 +33,7 @@ def command(name: str, size: Size, assignments: Sequence[str]) -> str:
 def stamped(rows: Iterable[Row], device: Device, typed: str) -> list[Row]:
     """The rows of one run, with what made them."""
     provenance = {**made_now(device), "command": typed}
+    # These columns are text; mypy asks it of every column, numbers too.
     return [dataclasses.replace(row, **provenance) for row in rows]  # type: ignore[arg-type]
 
 
