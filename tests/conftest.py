@@ -1,6 +1,5 @@
 """Fixtures that several test files share."""
 
-import fcntl
 import os
 import signal
 import weakref
@@ -21,27 +20,6 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup's
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
-
-
-@pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_runtest_protocol(item):
-    """Of tests in several processes none runs beside one that is marked ``alone``.
-
-    Ranks on a CPU wait for each other with `sched_yield`. Whatever else computes gets the core
-    then, for all of its time slice, and every step of theirs takes as long.
-    """
-    if "PYTEST_XDIST_WORKER" not in os.environ:
-        return (yield)
-    how = fcntl.LOCK_EX if item.get_closest_marker("alone") else fcntl.LOCK_SH
-    here = Path(__file__)  # locks are on files that are there anyway
-    with here.open() as room, here.with_name("live.py").open() as door:
-        fcntl.flock(door, fcntl.LOCK_EX)  # so that others do not go before whoever waits
-        fcntl.flock(room, how)
-        fcntl.flock(door, fcntl.LOCK_UN)
-        try:
-            return (yield)
-        finally:
-            fcntl.flock(room, fcntl.LOCK_UN)  # also where a child has the file open
 
 
 @pytest.fixture(autouse=True)

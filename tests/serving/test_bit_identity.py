@@ -200,7 +200,6 @@ def two_ranks(family, merged):
     return offline, ours, printed
 
 
-@pytest.mark.alone
 @pytest.mark.supports("tensor parallelism (`-tp 2`)")
 def test_tensor_parallel_ranks_serve_the_offline_merge(two_ranks):
     offline, ours, printed = two_ranks

@@ -24,7 +24,6 @@ def experts(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.alone
 @pytest.mark.supports("expert parallelism (`--enable-expert-parallel`, two ranks; loading)")
 def test_each_rank_holds_the_offline_merge_of_its_own_experts(experts):
     """With vLLM's filter, which leaves other ranks' experts unread, and without it.

@@ -128,7 +128,6 @@ def test_a_head_tied_to_its_embedding(tmp_path):
     assert walked["swapped"] == [plain["first"], merged["first"]]
 
 
-@pytest.mark.alone
 @pytest.mark.supports("swapping under tensor parallelism")
 def test_two_ranks(root, merged):
     two = {"tensor_parallel_size": 2, "enforce_eager": True}

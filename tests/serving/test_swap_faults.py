@@ -14,8 +14,6 @@ import psutil
 import pytest
 from prometheus import lint, ours, samples
 
-pytestmark = pytest.mark.alone
-
 TWO = ("--enforce-eager", "-tp", "2")
 #: How long a swap may be silent here: seconds.
 LEASE = 5
