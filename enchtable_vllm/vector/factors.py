@@ -29,7 +29,7 @@ from enchtable_vllm.errors import ConfigError
 Rung = Literal["gram32", "deflated32", "gram64", "svd64", "zero"]
 
 #: Raised whenever the same matrix would give other bits.
-COMPUTATION = 3
+COMPUTATION = 4
 #: Below this short side an fp64 SVD is the cheapest rung.
 _SMALL_SIDE = 64
 #: fp32 Gram: eigenvalues carry an error near 2⁻²⁴·side^½ of the largest, so a kept singular
@@ -206,14 +206,17 @@ def _by_deflation(matrix: torch.Tensor, gram: torch.Tensor, wanted: int, floor: 
     if strong is None or strong[0].shape[1] >= wanted:
         return None
     left, right = strong
-    rest = torch.addmm(matrix, left, right, alpha=-1)
+    # In a basis that begins with the strong directions the others are what its end sees: a
+    # smaller matrix, whose directions are orthogonal to them.
+    reflectors = torch.geqrf(left)
+    rest = torch.ormqr(*reflectors, matrix.mT, left=False)[:, left.shape[1] :].mT
     eigen = _eigen(_gram(rest, torch.float32))
     if eigen is None:
         return None
     weak = eigen[1][:, : wanted - left.shape[1]]
-    weak = weak - left @ (left.mT @ weak)  # what rounding left of the strong ones is not small
     weak_right = weak.mT @ rest
     del rest
+    weak = torch.ormqr(*reflectors, torch.cat([left.new_zeros(left.shape[1], weak.shape[1]), weak]))
     above, below = (torch.linalg.vector_norm(of, dim=1) for of in (right, weak_right))
     # What counts by a hair is left to fp64.
     least = max(2 * floor, _WEAKEST) * above[0]
