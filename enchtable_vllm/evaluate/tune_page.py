@@ -39,12 +39,25 @@ def tune_page(tuning: Tuning, picture: Html) -> str:
 def verdict(tuning: Tuning) -> str:
     """What is proposed, in a line."""
     if tuning.proposed is None:
-        return "No beta is within the budget: none is proposed."
+        return f"No beta is within the budget: none is proposed.{coarse(tuning)}"
     words = f"Proposed: beta {tuning.proposed:g}, the lowest unsafe rate within the budget."
     if tuning.alike:
         others = ", ".join(f"{beta:g}" for beta in tuning.alike)
         words += f" This sample cannot tell it from beta {others}."
-    return words
+    return words + coarse(tuning)
+
+
+def coarse(tuning: Tuning) -> str:
+    """That a budget is finer than its sample: then a single answer decides; else empty."""
+    without = next((step for step in tuning.steps if step.beta is None), None)
+    budget = tuning.utility_budget
+    if without is None or budget is None or without.utility.of * budget >= 1:
+        return ""
+    return (
+        f" Utility was asked of {without.utility.of} problems, where one answer is more than the "
+        f"budget of {budget:.1%}: a beta that loses one is out. Give more problems, or a larger "
+        "budget."
+    )
 
 
 def doubts(step: Step) -> str:

@@ -110,6 +110,7 @@ def test_a_sweep_proposes_draws_and_gives_the_server_back(sets, tmp_path):
         assert 4 <= count <= 20  # the validation split
         page = (output / "index.html").read_text()
         assert "Proposed: beta 1" in page
+        assert "one answer is more than the budget of 1.0%" in page
         assert page.count("<circle") == 6
         assert (output / "curve.png").read_bytes().startswith(b"\x89PNG")
         assert (output / "beta-1" / "report.json").is_file()
@@ -119,9 +120,10 @@ def test_a_sweep_proposes_draws_and_gives_the_server_back(sets, tmp_path):
         assert code == 0
         assert (len(server.asked), len(server.swaps)) == (first, swaps)
         assert "beta 0.5" in out
-        keep = sweep(url, sets, output, "--betas", "0.5,1.0,2", "--keep")
+        keep = sweep(url, sets, output, "--betas", "0.5,1.0,2", "--keep", "--utility-budget", "0.5")
         assert inside(*keep, ENCHTABLE_ADMIN_TOKEN=TOKEN)[0] == 0
         assert (server.vector, server.beta) == ("sv-b", 1.0)
+        assert "more than the budget" not in (output / "index.html").read_text()
         other = sweep(url, sets, output, "--betas", "0.5", "--limit", "3")
         code, error = inside(*other, ENCHTABLE_ADMIN_TOKEN=TOKEN)
         assert code == 1
