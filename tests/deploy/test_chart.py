@@ -229,6 +229,16 @@ def test_wrong_values_are_refused_by_name(dotted, value, says):
     assert says in str(refused.value)
 
 
+def test_whoever_downloads_knows_the_mirror_too():
+    mirror = {"name": "HF_ENDPOINT", "value": "https://hub.example.com"}
+    values = changed(VALUES["hub"], "extraEnv", [mirror])
+    text = render(values)["enchtable-vllm/templates/deployment.yaml"]
+    pod = yaml.safe_load(text)["spec"]["template"]["spec"]
+    both = [*pod["initContainers"], *pod["containers"]]
+    assert len(both) == 2
+    assert all(mirror in container["env"] for container in both)
+
+
 def test_what_is_downloaded_into_each_pod_holds_no_current():
     values = changed(VALUES["hub"], "vectors.active", "@current")
     with pytest.raises(helm().HelmError, match=r"Give 'vectors\.volume'"):
