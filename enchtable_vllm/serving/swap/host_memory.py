@@ -15,9 +15,15 @@ _GIB = 2**30
 #: Of what is free: the rest is for the page cache, which staging reads through, and for others.
 _SHARE = 0.5
 _CGROUP = Path("/sys/fs/cgroup")
-#: A control group's limit, what it uses, and the file pages among that which can be had back.
-_V2 = ("memory.max", "memory.current", "inactive_file")
-_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+#: A control group's limit, what it uses, and the file pages among that, which can be had back:
+#: also the active ones, as `MemAvailable` counts. Shards that several ranks read are active.
+_V2 = ("memory.max", "memory.current", ("inactive_file", "active_file"))
+_V1 = (
+    "memory.limit_in_bytes",
+    "memory.usage_in_bytes",
+    ("total_inactive_file", "total_active_file"),
+)
+_Names = tuple[str, str, tuple[str, str]]
 
 
 def free_bytes(
@@ -40,7 +46,7 @@ def free_bytes(
     return max(free, 0)
 
 
-def _groups(cgroup: Path, own: Path) -> Iterator[tuple[Path, tuple[str, str, str]]]:
+def _groups(cgroup: Path, own: Path) -> Iterator[tuple[Path, _Names]]:
     """The process's control groups and those around them, each of which may have a limit."""
     yield cgroup, _V2
     yield cgroup / "memory", _V1
@@ -55,10 +61,10 @@ def _groups(cgroup: Path, own: Path) -> Iterator[tuple[Path, tuple[str, str, str
                 yield top / part, names
 
 
-def _free_within(folder: Path, limit: str, usage: str, inactive: str) -> int:
+def _free_within(folder: Path, limit: str, usage: str, pages: tuple[str, str]) -> int:
     most, used = (int((folder / name).read_text()) for name in (limit, usage))
     stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-    return most - used + int(stat.get(inactive, 0))
+    return most - used + sum(int(stat.get(name, 0)) for name in pages)
 
 
 def refuse_too_much(needed_bytes: int, ranks: int, staging_gib: float | None) -> None:
