@@ -1,5 +1,6 @@
 """Plans whose linear algebra runs on a real Ray cluster: two workers of this machine."""
 
+import dataclasses
 import json
 import subprocess
 import threading
@@ -58,6 +59,11 @@ def planned(paths, **more):
     options = PlanOptions(executor="ray")
     inputs = Location(task), Location(base), SafetyVector.open(vector)
     return compute_plan(*inputs, options, **more).to_json()
+
+
+def inputs(paths, device="cpu"):
+    fingerprint = SafetyVector.open(paths[2]).fingerprint
+    return cluster.Inputs(*paths, fingerprint, 0.5, device)
 
 
 def at_work():
@@ -135,16 +141,26 @@ def test_an_interrupted_plan_is_continued_on_another_executor(paths, expected, t
 def test_a_worker_refuses_other_bytes_than_the_planning_process_has(paths):
     name = PROJECTION.format(0)
     other = tensor_digest(torch.zeros(1))
-    with cluster.cluster(cluster.Inputs(*paths, 0.5, "cpu")) as machines:
+    with cluster.cluster(inputs(paths)) as machines:
         assert machines.slots == 2
         with pytest.raises(MismatchError, match=r"q_proj.*the same files"):
             machines.terms(name, (other, other, other))
 
 
+def test_a_worker_refuses_another_vector_than_the_planning_process_has(paths):
+    """Of the same values, perhaps, and of other scales."""
+    given = dataclasses.replace(inputs(paths), vector_fingerprint="blake3:0")
+    with (
+        cluster.cluster(given) as machines,
+        pytest.raises(MismatchError, match=r"safety vector.*the same files"),
+    ):
+        machines.terms(PROJECTION.format(0), ("", "", ""))
+
+
 def test_a_worker_refuses_to_compute_with_other_versions(paths, monkeypatch):
     monkeypatch.setattr(cluster, "_versions", lambda: {"torch": "1.0"})
     with (
-        cluster.cluster(cluster.Inputs(*paths, 0.5, "cpu")) as machines,
+        cluster.cluster(inputs(paths)) as machines,
         pytest.raises(MismatchError, match=r"worker of the Ray cluster.*1\.0"),
     ):
         machines.terms(PROJECTION.format(0), ("", "", ""))
@@ -153,15 +169,15 @@ def test_a_worker_refuses_to_compute_with_other_versions(paths, monkeypatch):
 def test_a_cluster_without_a_gpu_is_refused_for_one(paths):
     with (
         pytest.raises(ConfigError, match="has a GPU"),
-        cluster.cluster(cluster.Inputs(*paths, 0.5, "cuda")),
+        cluster.cluster(inputs(paths, device="cuda")),
     ):
         pass
 
 
 def test_what_a_worker_cannot_read_comes_back_as_its_own_error(paths, tmp_path):
-    inputs = cluster.Inputs(tmp_path, *paths[1:], 0.5, "cpu")
+    given = inputs((tmp_path, *paths[1:]))
     with (
-        cluster.cluster(inputs) as machines,
+        cluster.cluster(given) as machines,
         pytest.raises(Exception, match=r"task model .*expected") as caught,
     ):
         machines.terms(PROJECTION.format(0), ("", "", ""))

@@ -11,6 +11,7 @@ from test_checkpoint import shard
 
 from enchtable_vllm.checkpoint import Checkpoint, Location, locate, tensor_digest
 from enchtable_vllm.errors import (
+    CheckpointError,
     ConfigError,
     IncompleteMergeError,
     MismatchError,
@@ -322,6 +323,44 @@ def test_a_merge_that_changes_nothing_is_refused(family, beta):
         at_beta(family, beta)
 
 
+@pytest.mark.parametrize("beta", [0.5, 2e-3])
+def test_what_is_served_in_16_bits_is_measured_in_them(family, beta):
+    """Stored in fp32, of values that bf16 has: what is served is what bf16 stores."""
+    vector, resolved = inputs(family, beta=beta)
+    rounded = at_beta(family, beta).total
+    wider = [(name, tensor.float()) for name, tensor in stored(family)]
+    kept = MergeStream(TensorMerge(resolved, vector, what="task model"))
+    served = MergeStream(TensorMerge(resolved, vector, what="task model"), served=torch.bfloat16)
+    assert dict(kept.merge(wider)).keys() == dict(served.merge(wider)).keys()
+    assert kept.report.total.retained_share == pytest.approx(1.0, abs=1e-3)
+    assert served.report.total.added_sq == pytest.approx(rounded.added_sq, rel=1e-5)
+    assert served.report.total.overlap == pytest.approx(rounded.overlap, rel=1e-3)
+    assert served.report.total.intended_sq == kept.report.total.intended_sq
+    assert bool(served.report.warnings()) == (beta < 0.1)
+
+
+def test_a_merge_that_changes_nothing_of_what_is_served_is_refused(family):
+    vector, resolved = inputs(family, beta=1e-8)
+    wider = [(name, tensor.float()) for name, tensor in stored(family)]
+    for served in (torch.float32, None):
+        pass_ = MergeStream(TensorMerge(resolved, vector, what="task model"), served=served)
+        list(pass_.merge(wider))
+        assert pass_.report.total.added_sq > 0
+    pass_ = MergeStream(TensorMerge(resolved, vector, what="task model"), served=torch.bfloat16)
+    with pytest.raises(IncompleteMergeError, match=r"none that does.*served in torch\.bfloat16"):
+        list(pass_.merge(wider))
+
+
+def test_a_beta_beyond_measure_is_refused(family, tmp_path):
+    """Of a matrix that the fine-tune left alone nothing is attenuated."""
+    family = models.copy_family(family, tmp_path / "family")
+    path = family.task / "model.safetensors"
+    tensors = load_file(path) | {Q: load_file(family.base / "model.safetensors")[Q]}
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match="far too large"):
+        models.plan_for(family.task, family.base, family.vector, beta=1e30)
+
+
 def test_outputs_never_replace_inputs(damaged):
     vector, resolved = inputs(damaged)
     for out in (damaged.task, damaged.task.parent, damaged.vector):
@@ -333,10 +372,33 @@ def test_outputs_never_replace_inputs(damaged):
 def test_subfolders_come_along_but_not_the_vector(damaged, tmp_path):
     (damaged.task / "assets").mkdir()
     (damaged.task / "assets" / "logo.txt").write_text("x")
+    for name in ("tf_model.h5", "flax_model.msgpack", "rust_model.ot"):
+        (damaged.task / name).write_text("the same model, unmerged")
     vector, resolved = inputs(damaged)
     merge_checkpoint(Location(damaged.task), vector, resolved, tmp_path / "out")
     assert (tmp_path / "out" / "assets" / "logo.txt").read_text() == "x"
-    assert not (tmp_path / "out" / "safety-vector").exists()
+    left = {path.name for path in (tmp_path / "out").iterdir()}
+    assert left == {"assets", "config.json", "generation_config.json", "model.safetensors"}
+
+
+def test_files_that_are_written_to_meanwhile_are_refused(damaged, tmp_path, monkeypatch):
+    """Also of the formats whose bytes are mapped, not read."""
+    vector, resolved = inputs(damaged)
+    read = Checkpoint.read
+
+    def then_written_to(self, name):
+        tensor = read(self, name)
+        if self.what.startswith("task model") and name == last:
+            (self.folder / "model.safetensors").touch()
+        return tensor
+
+    last = list(Checkpoint(damaged.task).tensors)[-1]
+    monkeypatch.setattr(Checkpoint, "read", then_written_to)
+    with pytest.raises(CheckpointError, match=r"another 'model\.safetensors'"):
+        merge_checkpoint(Location(damaged.task), vector, resolved, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        models.plan_for(damaged.task, damaged.base, damaged.vector)
 
 
 def test_fp32_and_fp16_task_models(family):

@@ -35,7 +35,11 @@ from enchtable_vllm.plan import PLAN_FILE, MergeMasks, ResolvedPlan
 from enchtable_vllm.progress import Progress, silent
 from enchtable_vllm.vector import VECTOR_MANIFEST, SafetyVector
 
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx")
+#: Weights of any framework: unmerged ones must not lie beside the merged.
+_WEIGHTS = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".npz"),
+    *(".h5", ".keras", ".msgpack", ".ot", ".tflite"),
+)
 
 
 def merge_checkpoint(
@@ -98,6 +102,7 @@ def merge_checkpoint(
                     assert streamed == name
                     writer.write(name, tensor)
         assert next(merged, None) is None  # ends the stream: its checks run before the rename
+        task.refuse_changed()
         if task.layout.kind == "pickled" or task.second_names:
             write_index(folder, "model", shards)
     assert stream.report is not None

@@ -33,8 +33,8 @@ def outcome_warnings(attenuation: float, retained_share: float, beta: float) -> 
         ]
     if retained_share < _LOW_RETAINED_SHARE:
         return [
-            f"only {retained_share:.0%} of the safety vector survives rounding to the task "
-            "model's dtype, so this merge changes little: use a larger beta, or an fp32 checkpoint"
+            f"only {retained_share:.0%} of the safety vector survives rounding, so this merge "
+            "changes little: use a larger beta, or a checkpoint in fp32 that is served in fp32"
         ]
     return []
 

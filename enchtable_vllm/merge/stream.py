@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 
@@ -23,6 +23,7 @@ from enchtable_vllm.errors import (
 )
 from enchtable_vllm.merge.one import Merged, TensorMerge
 from enchtable_vllm.merge.report import MergeReport, Rounding
+from enchtable_vllm.merge.served import sums_as_served
 from enchtable_vllm.plan import ResolvedPlan
 
 #: A norm of what is added, below which nothing is concluded from it.
@@ -45,6 +46,26 @@ def check_rounding(rounding: Rounding, resolved: ResolvedPlan, task: Checkpoint)
         )
 
 
+def refuse_immeasurable(effects: Mapping[str, Effect], beta: float) -> None:
+    """Refuse additions whose squares are beyond fp32.
+
+    Raises:
+        ConfigError: There are some.
+    """
+    beyond = [
+        f"'{name}'"
+        for name, effect in effects.items()
+        if not all(map(math.isfinite, (effect.intended_sq, effect.added_sq, effect.overlap)))
+    ]
+    if beyond:
+        raise ConfigError(
+            "beta",
+            expected="one whose additions can be measured",
+            got=f"{beta:g}, with additions beyond fp32 to {summarize_faults(beyond)}",
+            fix="It is far too large: begin at 0.1.",
+        )
+
+
 class MergeStream:
     """One pass over a task model's tensors.
 
@@ -55,6 +76,7 @@ class MergeStream:
         may_filter: Whether the source may leave a planned tensor out (other ranks' experts).
         foreign: Whether tensors that the plan does not know may come through untouched (a
             model's secondary weights).
+        served: The dtype that whoever takes the tensors converts them to; None: theirs.
         digest_merged: Whether the merged bytes are digested, so that two merges can be compared.
         on_tensor: Called after each tensor, for a progress bar.
     """
@@ -66,6 +88,7 @@ class MergeStream:
         ahead: Callable[[str], Merged | None] = lambda _: None,
         may_filter: Callable[[str], bool] = lambda _: False,
         foreign: bool = False,
+        served: torch.dtype | None = None,
         digest_merged: bool = False,
         on_tensor: Callable[[str], object] = lambda _: None,
     ) -> None:
@@ -76,6 +99,7 @@ class MergeStream:
         self._ahead = ahead
         self._may_filter = may_filter
         self._foreign = foreign
+        self._served = served
         self._digests: dict[str, str] | None = {} if digest_merged else None
         self._on_tensor = on_tensor
         self._seen: set[str] = set()
@@ -120,7 +144,7 @@ class MergeStream:
                 f"{list(merged.shape)} in {merged.dtype}, as its file says",
                 f"{list(stored.shape)} in {stored.dtype}",
             )
-        self._sums[name] = sums
+        self._sums[name] = sums_as_served(sums, stored, merged, self._served)
         self._merged_bytes += merged.nbytes
         if self._digests is not None:
             self._digests[name] = tensor_digest(merged)
@@ -150,6 +174,7 @@ class MergeStream:
                 got=summarize_faults(bad),
                 fix="Either the task model holds NaN or infinity, or beta is far too large.",
             )
+        refuse_immeasurable(effects, self._resolved.beta)
         self._check_norms(effects)
         report = MergeReport(
             self._resolved,
@@ -165,7 +190,8 @@ class MergeStream:
             raise IncompleteMergeError(
                 f"{self._what}, merged weights",
                 expected="weights that differ from the task model's",
-                got=f"none that does, at beta {self._resolved.beta:g}",
+                got=f"none that does, at beta {self._resolved.beta:g}"
+                + (f" and served in {self._served}" if self._served else ""),
                 fix="The additions rounded to nothing: beta is far too small, or so large that "
                 "interference attenuates everything away.",
             )

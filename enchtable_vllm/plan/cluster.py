@@ -39,12 +39,14 @@ class Inputs:
 
     Attributes:
         task, base, vector: Folders, the same on every machine.
+        vector_fingerprint: The vector's, scales included.
         rank_fraction, device: γ, and where the linear algebra runs.
     """
 
     task: Path
     base: Path
     vector: Path
+    vector_fingerprint: str
     rank_fraction: float
     device: str
 
@@ -162,6 +164,13 @@ def _measurement(inputs: Inputs) -> Measurement:
     torch.set_num_threads(1)  # as `vector.workers`: the bits do not depend on the cores
     torch.set_float32_matmul_precision("highest")
     vector = SafetyVector(Location(inputs.vector))
+    if vector.fingerprint != inputs.vector_fingerprint:
+        raise MismatchError(
+            vector.what,
+            expected=f"the one that the planning process has, {inputs.vector_fingerprint}",
+            got=vector.fingerprint,
+            fix="Give every machine of the cluster the same files under the same paths.",
+        )
     return Measurement(
         Checkpoint(inputs.task, what="task model"),
         Checkpoint(inputs.base, what="base model"),

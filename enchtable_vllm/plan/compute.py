@@ -149,7 +149,15 @@ def compute_plan(
         _, sums = fused_add(
             stored, delta.values, coefficients[name], scales=delta.scales, keep_bits=keep_bits
         )
-        return Effect.from_tensor(sums), keep_bits
+        effect = Effect.from_tensor(sums)
+        if not (math.isfinite(effect.intended_sq) and math.isfinite(effect.overlap)):
+            raise ConfigError(
+                "beta",
+                expected="one whose additions can be measured",
+                got=f"{options.beta:g}, with additions beyond fp32 to '{name}'",
+                fix="It is far too large: begin at 0.1.",
+            )
+        return effect, keep_bits
 
     if options.masks:
         assert mask_writer is not None, "masks are asked for, and have no place to go"
@@ -158,6 +166,7 @@ def compute_plan(
         task.folder,
         base.folder,
         vector.location.path,
+        vector.fingerprint,
         options.rank_fraction,
         torch.device(options.device).type,
     )
@@ -201,6 +210,8 @@ def compute_plan(
             keep_digest=keep_digests.get(name),
             retained_share=round(effects[name].retained_share, 6),
         )
+    for checkpoint in (task, base):
+        checkpoint.refuse_changed()
     total = sum(effects.values(), start=Effect())
     return MergePlan(
         task_model=task_model,
