@@ -12,12 +12,12 @@ from enchtable_vllm.checkpoint import Checkpoint, tensor_digest
 from enchtable_vllm.errors import MemoryBoundError, MismatchError
 from enchtable_vllm.serving.config import LoaderConfig
 from enchtable_vllm.serving.prepare import open_task, prepare
+from enchtable_vllm.serving.room import ServedTask, refuse_another_task
 from enchtable_vllm.serving.swap.host_memory import HostPages, free_bytes, refuse_too_much
 from enchtable_vllm.serving.swap.staging import (
     StagingCancelled,
     StagingJob,
     block_of,
-    refuse_another_task,
 )
 
 
@@ -40,6 +40,7 @@ def job(root, old, new, **more):
         "ranks": 1,
         "staging_gib": None,
         "verify_content": False,
+        "served": torch.bfloat16,
         "cancelled": threading.Event(),
     }
     return StagingJob(task, of(old), of(new), **(settings | more))
@@ -98,9 +99,9 @@ def test_staging_stops_when_nobody_waits(root):
 def test_another_task_model_is_refused(root):
     one = open_task(LoaderConfig(), str(root.family.task), None, None)
     other = open_task(LoaderConfig(), str(root.family.base), None, None)
-    refuse_another_task(one, one)
+    refuse_another_task(ServedTask.of(one), one)
     with pytest.raises(MismatchError, match="replaced since the server started"):
-        refuse_another_task(one, other)
+        refuse_another_task(ServedTask.of(one), other)
 
 
 def test_what_does_not_fit_is_refused_before_a_byte_is_read(root, tensors_alive):
@@ -149,7 +150,7 @@ def test_a_container_may_have_less_than_its_machine(tmp_path):
     assert free_bytes(meminfo, tmp_path / "none", own) == 4 * 2**30
     (tmp_path / "memory.max").write_text("max\n")
     (tmp_path / "memory.current").write_text(f"{2**30}\n")
-    (tmp_path / "memory.stat").write_text(f"anon 1\ninactive_file {2**29}\n")
+    (tmp_path / "memory.stat").write_text(f"anon 1\ninactive_file {2**28}\nactive_file {2**28}\n")
     assert free_bytes(meminfo, tmp_path, own) == 4 * 2**30
     (tmp_path / "memory.max").write_text(f"{2 * 2**30}\n")
     assert free_bytes(meminfo, tmp_path, own) == 2**30 + 2**29
@@ -179,5 +180,7 @@ def test_groups_of_version_one_count_too(tmp_path, inside):
     group.mkdir(parents=True)
     (group / "memory.limit_in_bytes").write_text(f"{2 * 2**30}\n")
     (group / "memory.usage_in_bytes").write_text(f"{2**30}\n")
-    (group / "memory.stat").write_text(f"inactive_file 1\ntotal_inactive_file {2**28}\n")
+    (group / "memory.stat").write_text(
+        f"inactive_file 1\ntotal_inactive_file {2**27}\ntotal_active_file {2**27}\n"
+    )
     assert free_bytes(meminfo, tmp_path, own) == 2**30 + 2**28

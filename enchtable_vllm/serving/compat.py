@@ -8,7 +8,9 @@ Which versions were tested: `versions`, and docs/versions.md. Public extension p
   an expert of another rank from a tensor that went missing;
 * the inner loader's ``load_config.load_format``, to know whose tensors stay valid;
 * ``ModelConfig.runner_type == "draft"``, to leave draft models alone;
-* ``ModelConfig.model`` and ``revision``, to read the weights from the folder that was checked;
+* ``ModelConfig.model``, ``revision`` and ``model_weights``, to read the weights from the folder
+  that was checked;
+* ``VllmConfig.weight_transfer_config``: weights that come by another way than a loader;
 * ``AggregateStatLoggerBase``, what a stat logger must be.
 """
 
@@ -164,7 +166,30 @@ def read_from(model_config: ModelConfig, folder: str) -> ModelConfig:
     """
     pinned = copy.copy(model_config)
     pinned.model, pinned.revision = folder, None
+    if hasattr(pinned, "model_weights"):
+        pinned.model_weights = ""  # a streamer would read those instead
     return pinned
+
+
+def refuse_weight_transfer(vllm_config: VllmConfig) -> None:
+    """Refuse a server whose weights a trainer replaces: what it sends is not merged.
+
+    Raises:
+        ConfigError: It is configured so.
+    """
+    if transfer := getattr(vllm_config, "weight_transfer_config", None):
+        raise ConfigError(
+            "--weight-transfer-config",
+            expected="none beside '--load-format enchtable': what is sent would replace merged "
+            "weights by unmerged ones",
+            got=transfer,
+            fix="Leave it out, or load with '--load-format auto'.",
+        )
+
+
+def served_dtype(model_config: ModelConfig) -> torch.dtype:
+    """What weights are converted to that are stored in another."""
+    return cast(torch.dtype, model_config.dtype)
 
 
 def architectures(model_config: ModelConfig) -> list[str]:

@@ -30,10 +30,13 @@ from enchtable_vllm.serving.prepare import (
 from enchtable_vllm.serving.room import (
     Active,
     Room,
+    ServedTask,
     enter,
     merge_identity,
     refuse_another,
+    refuse_another_task,
     room_of,
+    until_complete,
 )
 from enchtable_vllm.serving.spans import span
 from enchtable_vllm.serving.swap.describe import describe_active, describe_modules
@@ -102,6 +105,7 @@ class EnchTableModelLoader(compat.BaseModelLoader):  # type: ignore[misc]  # vll
             EnchTableError: Something does not fit; nothing has been loaded, or what has been
                 is given up.
         """
+        compat.refuse_weight_transfer(vllm_config)
         self._draft = compat.is_draft(vllm_config, model_config)
         model: torch.nn.Module
         with span("enchtable.load", model=model_config.model, draft=self._draft):
@@ -141,7 +145,7 @@ class EnchTableModelLoader(compat.BaseModelLoader):  # type: ignore[misc]  # vll
             return
         merging = self._merging or self._begin(found.prepared, _device_of(model))
         merging.begin()
-        stream = self._stream(found.prepared, merging, model)
+        stream = self._stream(found, merging, model)
         # The inner loader iterates its own `get_all_weights`; give it the merged one.
         stored = self._inner.get_all_weights
         self._inner.get_all_weights = lambda config, module: self._merged(
@@ -176,28 +180,33 @@ class EnchTableModelLoader(compat.BaseModelLoader):  # type: ignore[misc]  # vll
             EnchTableError: Something does not fit, or is not what is served any more; the model
                 has not been touched.
         """
-        room, device = room_of(model), _device_of(model)  # a reload moves it to nowhere, soon
+        room = room_of(model)
+        if room is not None and room.half_reloaded:  # vLLM would go on counting where it stopped
+            compat_swap.restore_after_failed_reload(model)
+        device = _device_of(model)  # a reload moves it to nowhere, soon
         found = self._find(model_config, device, room.active.choice if room else None)
         if room is not None:
+            refuse_another_task(room.task, found.task)
             refuse_another(room.active, merge_identity(found.prepared))
         pinned = compat.read_from(model_config, str(found.task.location.path))
-        stored = compat.all_weights(self._inner, pinned, model)
+        tensors = compat.all_weights(self._inner, pinned, model)
         if found.prepared is None:
             _log.warning(_UNMERGED, model_config.model)
-            return stored
-        return self._merged_anew(found.task, found.prepared, model, device, stored)
+        else:
+            tensors = self._merged_anew(found, model, device, tensors)
+        return tensors if room is None else until_complete(room, tensors)
 
     def _merged_anew(
         self,
-        task: OpenTask,
-        prepared: Prepared,
+        found: _Found,
         model: torch.nn.Module,
         device: torch.device,
         stored: Iterator[tuple[str, torch.Tensor]],
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        merging = self._begin(prepared, device)
+        assert found.prepared is not None
+        merging = self._begin(found.prepared, device)
         try:
-            yield from self._merged(task, self._stream(prepared, merging, model), stored)
+            yield from self._merged(found.task, self._stream(found, merging, model), stored)
         finally:
             merging.close()
 
@@ -223,17 +232,18 @@ class EnchTableModelLoader(compat.BaseModelLoader):  # type: ignore[misc]  # vll
         refuse_other_names(task.checkpoint, compat.architectures(model_config))
         compat.pin_format(self._inner, task.load_format)
         choice = choice or choose_at_start(self.config, task)
+        served = compat.served_dtype(model_config)
         if choice.config is None:
-            return _Found(task, choice, None)
+            return _Found(task, choice, None, served)
         plans_on = str(device) if device.type == "cuda" else "cpu"
         prepared = prepare(choice.config, task, device=plans_on, progress=progress)
         if prepared.signed_by is not None:
             _log.info("safety vector '%s' is signed: %s", prepared.vector.name, prepared.signed_by)
-        return _Found(task, choice, prepared)
+        return _Found(task, choice, prepared, served)
 
     def _enter(self, model: torch.nn.Module, task: OpenTask, active: Active) -> None:
         """Remember what was loaded, here and for the API servers."""
-        enter(model, Room(self.config, task, active))
+        enter(model, Room(self.config, ServedTask.of(task), active))
         records.leave(describe_active(active) | {"modules": describe_modules(active)})
 
     def _begin(self, prepared: Prepared, device: torch.device) -> Merging:
@@ -244,8 +254,9 @@ class EnchTableModelLoader(compat.BaseModelLoader):  # type: ignore[misc]  # vll
             verify_content=self.config.verify == "content",
         )
 
-    def _stream(self, prepared: Prepared, merging: Merging, model: torch.nn.Module) -> MergeStream:
-        bar = self._bar("Loading weights, merging", total=len(prepared.resolved.plan.tensors))
+    def _stream(self, found: _Found, merging: Merging, model: torch.nn.Module) -> MergeStream:
+        total = len(merging.merge_one.resolved.plan.tensors)
+        bar = self._bar("Loading weights, merging", total)
 
         def on_tensor(_: str) -> None:
             bar.update()
@@ -257,6 +268,7 @@ class EnchTableModelLoader(compat.BaseModelLoader):  # type: ignore[misc]  # vll
             ahead=merging.ahead,
             may_filter=lambda name: compat.is_skipped_expert(self._inner, name),
             foreign=bool(getattr(model, "secondary_weights", ())),
+            served=found.served,
             digest_merged=self.config.verify == "content",
             on_tensor=on_tensor,
         )
@@ -284,11 +296,15 @@ class EnchTableModelLoader(compat.BaseModelLoader):  # type: ignore[misc]  # vll
 
 @dataclass(frozen=True)
 class _Found:
-    """What this rank is to load; ``prepared`` is None where that is no vector at all."""
+    """What this rank is to load; ``prepared`` is None where that is no vector at all.
+
+    It is converted to the dtype ``served``.
+    """
 
     task: OpenTask
     choice: Choice
     prepared: Prepared | None
+    served: torch.dtype
 
     def refuse_disagreement(self) -> None:
         """Refuse to load where other ranks found something else.

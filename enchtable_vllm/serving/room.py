@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -11,7 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from blake3 import blake3
 
-from enchtable_vllm.checkpoint import short
+from enchtable_vllm.checkpoint import Location, short
 from enchtable_vllm.errors import MismatchError
 from enchtable_vllm.merge import MergeReport
 from enchtable_vllm.merge.report import Rounding
@@ -119,6 +120,48 @@ def refuse_another(expected: Active | Earlier, found: dict[str, Any]) -> None:
         )
 
 
+@dataclass(frozen=True)
+class ServedTask:
+    """A task model as it was when it was loaded, its files no longer open.
+
+    Attributes:
+        location, fingerprint, cache_dir: As `OpenTask`'s.
+    """
+
+    location: Location
+    fingerprint: str
+    cache_dir: str | None
+
+    @classmethod
+    def of(cls, task: OpenTask) -> ServedTask:
+        """Of one that has been loaded."""
+        return cls(task.location, task.fingerprint, task.cache_dir)
+
+
+def refuse_another_task(served: ServedTask, found: OpenTask) -> None:
+    """Refuse another task model than the one that is served.
+
+    Raises:
+        MismatchError: Its files were replaced since it was loaded, or it is another.
+    """
+    if served.fingerprint != found.fingerprint:
+        raise MismatchError(
+            found.checkpoint.what,
+            expected=f"the task model that is served, {served.fingerprint}",
+            got=found.fingerprint,
+            fix="Its files were replaced since the server started: put them back, or restart.",
+        )
+
+
+def until_complete(
+    room: Room, tensors: Iterator[tuple[str, torch.Tensor]]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """A reload's tensors: from the first to the last the model is of two kinds."""
+    room.half_reloaded = True
+    yield from tensors
+    room.half_reloaded = False
+
+
 @dataclass
 class Room:
     """One model in one process.
@@ -132,11 +175,12 @@ class Room:
             wrote to the root's ``current.json``.
         swaps: The last swaps, the newest first.
         broken: Why this rank's weights cannot be trusted; None when they can.
+        half_reloaded: Whether a reload by vLLM, not a swap's, broke off.
         rank: What exchanges them, once somebody has asked.
     """
 
     start: LoaderConfig
-    task: OpenTask
+    task: ServedTask
     active: Active
     epoch: int = 0
     before: deque[tuple[Earlier, dict[str, Any] | None]] = field(
@@ -144,6 +188,7 @@ class Room:
     )
     swaps: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=_HISTORY))
     broken: str | None = None
+    half_reloaded: bool = False
     rank: Any = None
 
 

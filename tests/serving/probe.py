@@ -23,6 +23,8 @@ COMMON = {
     "disable_log_stats": True,
     "skip_tokenizer_init": True,
 }
+#: Fused with others, of which some have been handed over by then.
+BREAKS_AT = "model.layers.1.self_attn.q_proj.weight"
 PROMPTS = [[1, 5, 9, 200, 17], [3, 4, 5, 6, 7, 8, 9, 10, 11]]
 
 
@@ -74,8 +76,37 @@ def told(outputs):
     }
 
 
-def reload(worker):
-    worker.model_runner.reload_weights()
+def reload(worker, **options):
+    worker.model_runner.reload_weights(**options)
+
+
+def still_open(_):
+    """Files of weights that this process has open."""
+    found = [os.path.realpath(path) for path in Path("/proc/self/fd").iterdir()]
+    return [path for path in found if path.endswith((".safetensors", ".bin"))]
+
+
+def reload_that_breaks_off(llm, path):
+    """A byte of the vector flips, a reload breaks off at it, and the byte is put back."""
+    content = path.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    begins, _ = json.loads(content[8 : 8 + size])[BREAKS_AT]["data_offsets"]
+    damaged = bytearray(content)
+    damaged[8 + size + begins] ^= 1
+    path.write_bytes(damaged)
+    seen = {"error": refusal(llm.collective_rpc, reload)}
+    path.write_bytes(content)
+    seen["status"] = llm.collective_rpc("enchtable", args=("status", {}))[0]
+    seen["swap"] = refused_swap(llm)
+    return seen
+
+
+def refusal(attempt, *arguments, **options):
+    try:
+        attempt(*arguments, **options)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def swap(llm, name):
@@ -146,6 +177,8 @@ def run(setting):
     reloads = setting.pop("reload", False)
     weights_only = setting.pop("weights_only", False)
     swaps = setting.pop("swaps", [])
+    breaks_off = setting.pop("breaks_off", "")
+    another = setting.pop("another", "")
     refuses_swaps = setting.pop("refuses_swaps", False)
     adapter = setting.pop("adapter", None)
     refused = setting.pop("refused", False)
@@ -189,7 +222,14 @@ def run(setting):
         for name in swaps:
             swap(llm, name)
             seen["swapped"].append(look(llm))
+        if breaks_off:
+            seen["broke_off"] = reload_that_breaks_off(llm, Path(breaks_off))
+        if another:
+            from_there = {"weights_path": another}
+            seen["another"] = refusal(llm.collective_rpc, reload, kwargs=from_there)
+            seen["afterwards"] = look(llm)
         if reloads:
+            seen["open"] = llm.collective_rpc(still_open)
             llm.collective_rpc(reload)
             llm.reset_prefix_cache()
             seen["reloaded"] = look(llm)

@@ -76,6 +76,13 @@ def one_rank(family, merged, real_family, every_option, tmp_path_factory):
             "reload": True,
             **ours,
         },
+        "broke off": {
+            "model": str(family.task),
+            "enforce_eager": True,
+            "breaks_off": str(family.vector / "safety_vector.safetensors"),
+            "reload": True,
+            **ours,
+        },
         "with a draft model": {**with_draft(family), **ours},
         "the draft model": {"model": str(family.base), "enforce_eager": True, "weights_only": True},
     }
@@ -112,6 +119,22 @@ def test_served_is_the_offline_merge(one_rank, pair):
 def test_reload_serves_the_merge_again(one_rank, pair):
     seen, _ = one_rank
     assert seen["ours" + pair]["reloaded"] == seen["ours" + pair]["first"]
+
+
+def test_a_reload_that_broke_off_is_told_of_until_one_is_complete(one_rank):
+    """What vLLM had counted of it by then would leave a fused layer without a part."""
+    seen, _ = one_rank
+    broke_off = seen["broke off"]["broke_off"]
+    assert "q_proj" in broke_off["error"]
+    assert "broke off half-way" in broke_off["status"]["broken"]
+    assert broke_off["swap"]["code"] == "not_swappable"
+    assert "broke off half-way" in broke_off["swap"]["error"]["message"]
+    assert seen["broke off"]["reloaded"] == seen["broke off"]["first"] == seen["ours"]["first"]
+
+
+def test_a_served_model_keeps_no_file_open(one_rank):
+    seen, _ = one_rank
+    assert seen["ours"]["open"] == [[]]
 
 
 @pytest.mark.supports("multithreaded loading as the inner format")

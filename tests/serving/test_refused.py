@@ -48,6 +48,13 @@ DAMAGES = {
 }
 
 
+def widen(model):
+    """Store in fp32 what was rounded to bf16."""
+    path = model / "model.safetensors"
+    tensors = {name: tensor.float() for name, tensor in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
 @pytest.fixture(scope="module")
 def seen(family, tmp_path_factory):
     settings, ours = [], {"load_format": "enchtable", "enforce_eager": True}
@@ -62,8 +69,16 @@ def seen(family, tmp_path_factory):
     key = signers.Key.make(tmp_path_factory.mktemp("keys"), "ours")
     demanding = {"model_loader_extra_config": {"require_signature": key.required}}
     settings.append({"model": str(family.task), "refused": True, **ours, **demanding})
+    transfer = {"weight_transfer_config": {"backend": "nccl"}}
+    settings.append({"model": str(family.task), "refused": True, **ours, **transfer})
+    folder = tmp_path_factory.mktemp("wide")
+    wide = models.make_family(models.tiny_llama(folder / "aligned"), folder, store=widen)
+    small = {"model_loader_extra_config": {"beta": 1e-8}}
+    settings.append({"model": str(wide.task), "refused": True, **ours, **small})
+    settings.append({"model": str(wide.task), "dtype": "float32", **ours, **small})
     results, printed = probe(settings, VLLM_ENABLE_V1_MULTIPROCESSING="0")
-    return dict(zip([*DAMAGES, "nothing", "replaced", "unsigned"], results, strict=True)), printed
+    names = [*DAMAGES, "nothing", "replaced", "unsigned", "transfer", "wide", "wide in fp32"]
+    return dict(zip(names, results, strict=True)), printed
 
 
 @pytest.mark.parametrize("name", DAMAGES)
@@ -83,7 +98,24 @@ def test_what_nobody_signed(seen):
     assert "expected a signature by key sha256:" in results["unsigned"]["refused"]
 
 
+@pytest.mark.refuses("weights that a trainer sends (`--weight-transfer-config`)")
+def test_weights_that_would_come_by_another_way(seen):
+    results, _ = seen
+    assert "ConfigError: --weight-transfer-config" in results["transfer"]["refused"]
+
+
+@pytest.mark.refuses("an addition that the dtype of serving rounds away")
+def test_an_addition_that_only_the_files_precision_keeps(seen):
+    """Stored in fp32, served in bf16: every weight would be the unmerged one."""
+    results, _ = seen
+    assert (
+        "none that does, at beta 1e-08 and served in torch.bfloat16" in results["wide"]["refused"]
+    )
+    assert results["wide in fp32"]["first"]["tokens"]
+
+
 def test_the_same_process_serves_what_is_good(seen):
     results, printed = seen
     assert results["nothing"]["first"]["tokens"]
-    assert printed.count("safety vector merged: ") == 1  # and not for the file that was replaced
+    # And not for the file that was replaced; the other is the one in fp32.
+    assert printed.count("safety vector merged: ") == 2

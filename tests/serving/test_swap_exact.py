@@ -51,6 +51,7 @@ def one_rank(root, merged, tmp_path_factory):
     }
     settings = {name: {"model": merged[name], "enforce_eager": True} for name in merged}
     settings |= {
+        "another": ours(root, enforce_eager=True, swaps=["@none"], another=str(root.family.base)),
         "eager": ours(root, enforce_eager=True, swaps=WALK, reload=True),
         "sv-b with lora": {"model": merged["sv-b"], **lora},
         "sv-a with lora": {"model": merged["sv-a"], **lora},
@@ -86,6 +87,14 @@ def test_each_step_of_a_walk_equals_a_fresh_load(one_rank):
 def test_a_stock_reload_keeps_what_was_swapped_in(one_rank):
     """vLLM makes a new loader for it, from the config that the server was started with."""
     assert one_rank["eager"]["reloaded"] == one_rank[WALK[-1]]["first"]
+
+
+def test_a_reload_of_another_task_model_is_refused_without_a_vector_too(one_rank):
+    """A later swap would put the first one's tensors into it."""
+    seen = one_rank["another"]
+    assert seen["another"].startswith("MismatchError: ")
+    assert "expected the task model that is served" in seen["another"]
+    assert seen["afterwards"] == seen["swapped"][-1] == one_rank["@none"]["first"]
 
 
 @pytest.mark.supports("swapping with LoRA adapters loaded")

@@ -22,6 +22,7 @@ from enchtable_vllm.serving.room import (
     Room,
     merge_identity,
     refuse_another,
+    refuse_another_task,
     room_of,
 )
 from enchtable_vllm.serving.swap.describe import describe_active, describe_error, describe_modules
@@ -32,7 +33,6 @@ from enchtable_vllm.serving.swap.staging import (
     Staged,
     StagingCancelled,
     StagingJob,
-    refuse_another_task,
 )
 
 #: The name under which `answer` is a method of vLLM's workers.
@@ -40,6 +40,9 @@ WORKER_METHOD = "enchtable"
 
 #: How long a swap may be silent before its lock may be taken from it.
 LEASE_SECONDS = 30.0
+
+#: Of weights that are not a swap's, nobody knows here what they were.
+_HALF_RELOADED = "a reload of its weights broke off half-way: reload them again, or restart"
 
 _log = compat.logger("swap")
 
@@ -133,7 +136,7 @@ class Rank:
             "epoch": room.epoch,
             "weight_version": active.weight_version,
             "identity": active.identity,
-            "broken": room.broken,
+            "broken": room.broken or (_HALF_RELOADED if room.half_reloaded else None),
             "swapping": swap is not None and swap.heard_of(),
             "staged_bytes": staged,
             "not_swappable": compat_swap.why_not_swappable(self._worker),
@@ -186,6 +189,8 @@ class Rank:
         """
         if reason := compat_swap.why_not_swappable(self._worker):
             return _no("not_swappable", reason)
+        if self._room.half_reloaded:
+            return _no("not_swappable", _HALF_RELOADED)
         if safety_vector is None:
             if not self._room.before:
                 return _no("nothing_to_roll_back", "nothing was swapped that could be undone")
@@ -225,6 +230,8 @@ class Rank:
         """Put the new tensors in. Generation is paused."""
         assert swap.staged is not None
         swap.touched = True
+        if self._room.half_reloaded:
+            return _no("commit_failed", _HALF_RELOADED)
         return self._put_in(swap.staged.new)
 
     def publish(self, swap: _Swap, persisted_before: dict[str, Any] | None) -> Answer:
@@ -329,6 +336,7 @@ class Rank:
                 ranks=engines * compat_swap.ranks_on_this_machine(self._worker),
                 staging_gib=self._room.start.staging_gib,
                 verify_content=self._room.start.verify == "content",
+                served=compat.served_dtype(self._worker.vllm_config.model_config),
                 cancelled=swap.cancelled,
             )
             self._refuse_lost(job.names())

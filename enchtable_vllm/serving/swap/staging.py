@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 
 from enchtable_vllm.checkpoint import combine_digests, tensor_digest
-from enchtable_vllm.errors import MismatchError
 from enchtable_vllm.merge import MergeReport, MergeStream, TensorMerge, under_both_names
 from enchtable_vllm.serving.prepare import OpenTask, Prepared
 from enchtable_vllm.serving.swap.host_memory import HostPages, refuse_too_much
@@ -70,6 +69,7 @@ class StagingJob:
         ranks: How many share this machine's memory.
         staging_gib: The bound on all of them together, if one is set.
         verify_content: Whether every stored byte is checked against the plan.
+        served: The dtype that the model is served in.
         cancelled: Set when nobody waits any more.
     """
 
@@ -80,6 +80,7 @@ class StagingJob:
     ranks: int
     staging_gib: float | None
     verify_content: bool
+    served: torch.dtype
     cancelled: threading.Event
 
     def run(self) -> Staged:
@@ -136,7 +137,7 @@ class StagingJob:
                 rounding=prepared.config.rounding,
                 verify_content=self.verify_content,
             )
-            stream = MergeStream(merge_one, may_filter=self.skips)
+            stream = MergeStream(merge_one, may_filter=self.skips, served=self.served)
         tensors = dict(
             under_both_names(
                 lambda pairs: held(stream.merge(pairs) if stream else pairs), stored(), seconds
@@ -157,18 +158,3 @@ def block_of(name: str) -> str:
         if segment.isdecimal():
             return ".".join(segments[: i + 2])
     return ".".join(segments[:-1])
-
-
-def refuse_another_task(served: OpenTask, found: OpenTask) -> None:
-    """Refuse to merge into another task model than the one that is served.
-
-    Raises:
-        MismatchError: Its files were replaced since it was loaded.
-    """
-    if served.fingerprint != found.fingerprint:
-        raise MismatchError(
-            found.checkpoint.what,
-            expected=f"the task model that is served, {served.fingerprint}",
-            got=found.fingerprint,
-            fix="Its files were replaced since the server started: put them back, or restart.",
-        )
