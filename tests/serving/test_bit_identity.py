@@ -206,7 +206,7 @@ def test_the_log_says_what_was_merged(one_rank):
     _, printed = one_rank
     lines = [line for line in printed.splitlines() if "safety vector merged: " in line]
     tiny = [line for line in lines if "8 merged, 13 kept, 0 filtered" in line]
-    assert len(tiny) == 8  # five loads and three reloads
+    assert len(tiny) == 10  # six loads and four reloads
     assert sum("120 merged, 152 kept, 0 filtered" in line for line in lines) == 1
     assert "Loading weights, merging" in printed  # the progress bar
 
