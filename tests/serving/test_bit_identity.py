@@ -122,7 +122,7 @@ def test_reload_serves_the_merge_again(one_rank, pair):
 
 
 def test_a_reload_that_broke_off_is_told_of_until_one_is_complete(one_rank):
-    """What vLLM had counted of it by then would leave a fused layer without a part."""
+    """Until then layers are without weights, and a swap would not know what the others hold."""
     seen, _ = one_rank
     broke_off = seen["broke off"]["broke_off"]
     assert "q_proj" in broke_off["error"]
