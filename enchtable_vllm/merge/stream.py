@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
@@ -28,6 +28,8 @@ from enchtable_vllm.plan import ResolvedPlan
 
 #: A norm of what is added, below which nothing is concluded from it.
 _MEASURABLE = 1e-10
+#: Its square is near fp32's end.
+_BEYOND_MEASURE = 1e18
 
 
 def check_rounding(rounding: Rounding, resolved: ResolvedPlan, task: Checkpoint) -> None:
@@ -43,26 +45,6 @@ def check_rounding(rounding: Rounding, resolved: ResolvedPlan, task: Checkpoint)
             expected="bf16 or fp32 where the plan merges",
             got=f"fp16: {summarize_faults(halves)}",
             fix="Round to nearest, or convert the checkpoint to bf16.",
-        )
-
-
-def refuse_immeasurable(effects: Mapping[str, Effect], beta: float) -> None:
-    """Refuse additions whose squares are beyond fp32.
-
-    Raises:
-        ConfigError: There are some.
-    """
-    beyond = [
-        f"'{name}'"
-        for name, effect in effects.items()
-        if not all(map(math.isfinite, (effect.intended_sq, effect.added_sq, effect.overlap)))
-    ]
-    if beyond:
-        raise ConfigError(
-            "beta",
-            expected="one whose additions can be measured",
-            got=f"{beta:g}, with additions beyond fp32 to {summarize_faults(beyond)}",
-            fix="It is far too large: begin at 0.1.",
         )
 
 
@@ -174,7 +156,6 @@ class MergeStream:
                 got=summarize_faults(bad),
                 fix="Either the task model holds NaN or infinity, or beta is far too large.",
             )
-        refuse_immeasurable(effects, self._resolved.beta)
         self._check_norms(effects)
         report = MergeReport(
             self._resolved,
@@ -208,6 +189,13 @@ class MergeStream:
             least = 0.0 if self._merge_one.masks else min(row) * norm
             most = max(row) * norm
             added = math.sqrt(effect.intended_sq)
+            if least > _BEYOND_MEASURE:
+                raise ConfigError(
+                    "beta",
+                    expected="one whose additions can be measured",
+                    got=f"{self._resolved.beta:g}, with an addition of norm {most:g} to '{name}'",
+                    fix="It is far too large: begin at 0.1.",
+                )
             # Squares of far smaller numbers vanish in fp32, and so does what is added.
             if most > _MEASURABLE and not least * 0.999 <= added <= most * 1.001:
                 faults.append(f"'{name}' has {added / max(row):.6g} where it says {norm:.6g}")
