@@ -127,15 +127,18 @@ def _servers(case: served.Case, options: Options) -> Iterator[_Servers]:
         def start(name: str, arguments: list[str], plugins: Sequence[str] = ()) -> Server:
             log = options.scratch / f"{name}.log"
             server = served.server(case.task, log, arguments, plugins=plugins)
-            return stack.enter_context(server)
+            stack.callback(server.stop)
+            return server
 
-        swapped = served.Swapped(start("swapped", case.swapping, ["enchtable"]))
+        ours = start("swapped", case.swapping, ["enchtable"])
         lora = {}
         for rank in options.ranks:
             modules = [f"{n}={options.scratch / f'{n}-{rank}'}" for n in (_NEAREST, _EXPERT)]
             adapter = ["--enable-lora", "--max-lora-rank", str(rank), "--lora-modules", *modules]
             lora[rank] = start(f"lora-{rank}", adapter)
-        yield _Servers(swapped, lora)
+        for server in (ours, *lora.values()):  # they start beside each other
+            stack.enter_context(server)
+        yield _Servers(served.Swapped(ours), lora)
 
 
 #: Asks for a round, of the server that is then ready for it.

@@ -45,12 +45,12 @@ class Options(BaseOptions):
     """Of loading."""
 
     models: tuple[str, ...] = Field(default=("small", "1b"), description="small, 1b")
-    rounds: int = Field(default=9, ge=1, description="how often each is loaded, warm")
+    rounds: int = Field(default=7, ge=1, description="how often each is loaded, warm")
     cold_rounds: int = Field(default=2, description="how often cold")
     threads: tuple[int, ...] = Field(
         default_factory=lambda: (torch.get_num_threads(),), description="torch's, one after another"
     )
-    starts: int = Field(default=2, description="how often each server starts; 0: none")
+    starts: int = Field(default=1, description="how often each server starts; 0: none")
     start_all: bool = Field(default=False, description="int8 and merged to disk are served, too")
     ranks: tuple[int, ...] = Field(default=(1,), description="of those servers")
 

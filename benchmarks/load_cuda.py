@@ -79,7 +79,7 @@ def merged(case: Case, stored: str, device: torch.device) -> dict[str, torch.Ten
     prepared = prepare_model(config, str(case.task), None, None, device="cpu")
     merging = Merging(prepared, device, reads_stored=False, verify_content=False)
     try:
-        merging.begin()
+        merging.begin([])
         return _arrived(MergeStream(merging.merge_one).merge(_stored(case)), device)
     finally:
         merging.close()

@@ -32,6 +32,8 @@ AUTO, MERGED = "auto", "merge to disk, then auto"
 _READINGS = ("weights", "model", "peak")
 #: Of those that are timed: many times as long as all others together, and never close.
 _MERGES = 2
+#: Of <linux/mman.h>, which Python does not name.
+_MADV_NOHUGEPAGE = 15
 Found = dict[tuple[str, str, int], dict[str, list[float]]]
 
 
@@ -200,9 +202,22 @@ def _configured(worker: Any) -> Iterator[Any]:
     # Layers register by name, and refuse to do so twice.
     worker.vllm_config.compilation_config.static_forward_context.clear()
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what glibc keeps for later would hide in the next peak
+    _forget_memory()
     with set_current_vllm_config(worker.vllm_config), set_default_torch_dtype(torch.bfloat16):
         yield worker.vllm_config
+
+
+def _forget_memory() -> None:
+    """Leave the next load no memory that is cheaper than a new process has."""
+    libc = ctypes.CDLL(None)
+    libc.malloc_trim(0)  # what glibc keeps for later would hide in the next peak, too
+    if "[madvise]" not in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text():
+        return
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, access, _, _, inode, *_ = line.split()
+        if access == "rw-p" and inode == "0":
+            first, end = (int(address, 16) for address in span.split("-"))
+            libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), _MADV_NOHUGEPAGE)
 
 
 def _weights(worker: Any, loader: Any, model_config: Any) -> torch.nn.Module:

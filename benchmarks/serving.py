@@ -156,7 +156,7 @@ def _ask(options: Options, clients: int) -> Ask:
 def _started(
     stack: ExitStack, case: served.Case, options: Options, start: int
 ) -> tuple[Server, Server]:
-    """Ours and plain vLLM; who is first alternates."""
+    """Ours and plain vLLM, which start beside each other; who is first alternates."""
     servers = {}
     for name in _turn((PLAIN, _OURS), start):
         log = options.scratch / f"{name.replace(' ', '-')}-{start}.log"
@@ -169,7 +169,10 @@ def _started(
         server = served.server(
             case.task, log, arguments, plugins=plugins, compiled=options.compiled, **variables
         )
-        servers[name] = stack.enter_context(server)
+        stack.callback(server.stop)
+        servers[name] = server
+    for server in servers.values():
+        stack.enter_context(server)
     merged = {name: len(server.lines("safety vector merged: ")) for name, server in servers.items()}
     if merged != {_OURS: 1, PLAIN: 0}:
         raise NotVerified("servers that merged", expected=_OURS, got=merged, fix="See their logs.")

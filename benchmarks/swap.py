@@ -78,12 +78,16 @@ def verify(options: Options) -> None:
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         task = pool.submit(swap_server.make_root, options.scratch).result()
     (options.scratch / "task").write_text(str(task))
-    fresh, told = {}, {}
-    for name in NAMES:
-        with served(task, options.scratch, name) as server:
-            fresh[name], told[name] = server.weights(), swap_server.logprobs(server)
-            if name == NAMES[-1]:
-                _compare(server, fresh)
+    with ExitStack() as both:  # they start beside each other
+        servers = {name: SwapServer(task, options.scratch, name, free_port()) for name in NAMES}
+        for server in servers.values():
+            both.callback(server.stop)
+        for server in servers.values():
+            both.enter_context(server)
+            both.enter_context(server.http)
+        fresh = {name: server.weights() for name, server in servers.items()}
+        told = {name: swap_server.logprobs(server) for name, server in servers.items()}
+        _compare(servers[NAMES[-1]], fresh)
     (options.scratch / "answers.json").write_text(json.dumps(told))
 
 

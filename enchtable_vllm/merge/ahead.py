@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Mapping
-from contextlib import suppress
-from pathlib import Path
 from typing import Generic, TypeVar
 
-import torch
+from enchtable_vllm.merge.cores import use_every_core
 
 T = TypeVar("T")
 
@@ -101,7 +98,7 @@ class Ahead(Generic[T]):
         self._ready.clear()
 
     def _run(self) -> None:
-        _use_every_core()
+        use_every_core()
         while True:
             with self._changed:
                 while not self._at_work or (name := self._claim()) is None:
@@ -133,26 +130,3 @@ class Ahead(Generic[T]):
             self._making.remove(name)
             self._ready[name] = made
             self._changed.notify_all()
-
-
-def has_idle_core() -> bool:
-    """Whether this process may run on more cores than torch's threads keep busy."""
-    return len(_cores()) > torch.get_num_threads()
-
-
-def _use_every_core() -> None:
-    """Let this thread run where any thread of its process may.
-
-    VLLM's CPU workers bind their main thread to one core, which a new thread inherits: it would
-    take turns with the very one that it is to work beside.
-    """
-    with suppress(OSError, AttributeError):  # not allowed; not Linux
-        os.sched_setaffinity(0, _cores())
-
-
-def _cores() -> set[int]:
-    cores: set[int] = set()
-    with suppress(OSError, AttributeError):  # a thread has ended meanwhile; not Linux
-        for thread in Path("/proc/self/task").iterdir():
-            cores |= os.sched_getaffinity(int(thread.name))
-    return cores

@@ -144,7 +144,7 @@ class EnchTableModelLoader(compat.BaseModelLoader):  # type: ignore[misc]  # vll
             self._enter(model, found.task, Active(found.choice, None))
             return
         merging = self._merging or self._begin(found.prepared, _device_of(model))
-        merging.begin()
+        merging.begin(model.parameters())
         stream = self._stream(found, merging, model)
         # The inner loader iterates its own `get_all_weights`; give it the merged one.
         stored = self._inner.get_all_weights

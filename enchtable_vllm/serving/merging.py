@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
-from enchtable_vllm.merge import Ahead, Merged, Recycled, TensorMerge, has_idle_core
+from enchtable_vllm.merge import (
+    Ahead,
+    Merged,
+    Recycled,
+    TensorMerge,
+    has_idle_core,
+    populate,
+)
 from enchtable_vllm.serving.prepare import Prepared
 from enchtable_vllm.vector import Delta
 
@@ -48,6 +55,7 @@ class Merging:
         )
         budget = max(_AHEAD_BYTES, 2 * max(checkpoint.nbytes(name) for name in names))
         on_gpu = device.type == "cuda"
+        self._on_cpu = device.type == "cpu"
 
         def merger(read: Callable[[str], Delta]) -> TensorMerge:
             return TensorMerge(
@@ -80,8 +88,10 @@ class Merging:
             self.merge_one = merger(lambda name: deltas.take(name) or vector.read(name))
             self._thread = deltas
 
-    def begin(self) -> None:
-        """VLLM is about to copy weights."""
+    def begin(self, weights: Iterable[torch.Tensor]) -> None:
+        """VLLM is about to copy into these."""
+        if self._on_cpu:
+            populate(weights)
         self._thread.fill()
 
     def close(self) -> None:
