@@ -14,6 +14,7 @@ from pathlib import Path
 
 import httpx
 
+from benchmarks.served import ONE_PROCESS
 from benchmarks.swap_server import ENGINE, NAMES, Load, logprobs, merged, under_load
 from enchtable_vllm.demo.server import Server, free_port
 
@@ -24,7 +25,7 @@ class ReloadServer(Server):
     def __init__(self, folder: Path) -> None:
         super().__init__(
             merged(folder, NAMES[0]), ENGINE, folder / "log-reload", port=free_port(),
-            variables={"VLLM_PLUGINS": "", "VLLM_SERVER_DEV_MODE": "1"},
+            variables={**ONE_PROCESS, "VLLM_PLUGINS": "", "VLLM_SERVER_DEV_MODE": "1"},
         )  # fmt: skip
         self.http = httpx.Client(base_url=self.url, timeout=120)
 

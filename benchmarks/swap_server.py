@@ -17,7 +17,7 @@ import httpx
 import psutil
 
 from benchmarks.models import plan_without_interference, random_vector, task_model
-from benchmarks.served import COMPUTES
+from benchmarks.served import COMPUTES, ONE_PROCESS
 from enchtable_vllm.checkpoint import Checkpoint, Location, sampled_fingerprint
 from enchtable_vllm.demo.server import Server, free_port
 from enchtable_vllm.merge import merge_checkpoint
@@ -79,7 +79,9 @@ class SwapServer(Server):
             ],
             folder / f"log-{start}",
             port=port,
-            variables={"VLLM_PLUGINS": "enchtable", "ENCHTABLE_ADMIN_TOKEN": _TOKEN},
+            variables={
+                **ONE_PROCESS, "VLLM_PLUGINS": "enchtable", "ENCHTABLE_ADMIN_TOKEN": _TOKEN,
+            },
         )  # fmt: skip
         self.http = httpx.Client(base_url=self.url, timeout=120)
 

@@ -24,7 +24,7 @@ from enchtable_vllm.errors import (
 from enchtable_vllm.merge.one import Merged, TensorMerge
 from enchtable_vllm.merge.report import MergeReport, Rounding
 from enchtable_vllm.merge.served import sums_as_served
-from enchtable_vllm.plan import ResolvedPlan
+from enchtable_vllm.plan import ResolvedPlan, beyond_measure
 
 #: A norm of what is added, below which nothing is concluded from it.
 _MEASURABLE = 1e-10
@@ -190,11 +190,8 @@ class MergeStream:
             most = max(row) * norm
             added = math.sqrt(effect.intended_sq)
             if least > _BEYOND_MEASURE:
-                raise ConfigError(
-                    "beta",
-                    expected="one whose additions can be measured",
-                    got=f"{self._resolved.beta:g}, with an addition of norm {most:g} to '{name}'",
-                    fix="It is far too large: begin at 0.1.",
+                raise beyond_measure(
+                    self._resolved.beta, f"an addition of norm {most:g} to '{name}'"
                 )
             # Squares of far smaller numbers vanish in fp32, and so does what is added.
             if most > _MEASURABLE and not least * 0.999 <= added <= most * 1.001:

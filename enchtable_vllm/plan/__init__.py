@@ -11,6 +11,7 @@ from enchtable_vllm.plan.merge_plan import (
 )
 from enchtable_vllm.plan.resolve import (
     ResolvedPlan,
+    beyond_measure,
     plan_digest,
     read_plan,
     read_plan_bytes,
@@ -27,6 +28,7 @@ __all__ = [
     "ResolvedPlan",
     "VectorLocation",
     "VectorReference",
+    "beyond_measure",
     "compute_plan",
     "open_masks",
     "plan_digest",

@@ -25,7 +25,7 @@ from enchtable_vllm.plan.merge_plan import (
     VectorLocation,
     VectorReference,
 )
-from enchtable_vllm.plan.resolve import coefficient, norm_scale
+from enchtable_vllm.plan.resolve import beyond_measure, coefficient, norm_scale
 from enchtable_vllm.progress import Progress, silent
 from enchtable_vllm.vector import ModelReference, SafetyVector, Scope
 from enchtable_vllm.vector.factor_files import open_factors
@@ -151,12 +151,7 @@ def compute_plan(
         )
         effect = Effect.from_tensor(sums)
         if not (math.isfinite(effect.intended_sq) and math.isfinite(effect.overlap)):
-            raise ConfigError(
-                "beta",
-                expected="one whose additions can be measured",
-                got=f"{options.beta:g}, with additions beyond fp32 to '{name}'",
-                fix="It is far too large: begin at 0.1.",
-            )
+            raise beyond_measure(options.beta, f"additions beyond fp32 to '{name}'")
         return effect, keep_bits
 
     if options.masks:

@@ -20,6 +20,16 @@ from enchtable_vllm.vector.safety_vector import describe_fault
 _TOLERANCE = 1e-9  # relative; the same arithmetic in the same order gives the same number
 
 
+def beyond_measure(beta: float, additions: str) -> ConfigError:
+    """A β with additions so large that their norm cannot be told; which, in words."""
+    return ConfigError(
+        "beta",
+        expected="one whose additions can be measured",
+        got=f"{beta:g}, with {additions}",
+        fix="It is far too large: begin at 0.1.",
+    )
+
+
 @dataclass(frozen=True)
 class ResolvedPlan:
     """A plan with β and scope settled.
