@@ -98,12 +98,20 @@ def _work(step: str, file: Path) -> Callable[[int], object]:
     )  # fmt: skip
 
 
+def shared_out(results: Results) -> tuple[float, list[Row]]:
+    """Seconds of all steps for a byte of a bf16 delta, shared out to all cores; from which rows.
+
+    Raises:
+        NotMeasured: There are none.
+    """
+    rows = [row for row in _published(results) if row.provider != _ALONE]
+    cores = int(rows[0].provider.split()[-1])
+    return sum(row.p50 for row in rows) / cores / (_OF * _BF16), rows
+
+
 def table(results: Results) -> Table:
     """The steps, their sum, and what that is for the attention of the models that are loaded."""
-    rows = [row for row in results.published("kernels") if row.op == _OP]
-    if not rows:
-        wanted = "rows of 'python -m benchmarks run kernels'"
-        raise NotMeasured("results", expected=wanted, got="none", fix="Run it.")
+    rows = _published(results)
     providers = list(dict.fromkeys(row.provider for row in rows))
     seconds = {(row.provider, row.metric): row.p50 for row in rows}
     sums = {name: sum(seconds[name, step] for step in STEPS) for name in providers}
@@ -117,3 +125,11 @@ def table(results: Results) -> Table:
         ]
         lines.append([f"attention of {model.name}, {each:,.1f} times that, shared out", *cells])
     return Table(["2^20 elements, bf16 + bf16", *providers], lines, rows)
+
+
+def _published(results: Results) -> list[Row]:
+    rows = [row for row in results.published("kernels") if row.op == _OP]
+    if not rows:
+        wanted = "rows of 'python -m benchmarks run kernels'"
+        raise NotMeasured("results", expected=wanted, got="none", fix="Run it.")
+    return rows

@@ -42,7 +42,7 @@ def _constants(results: Results) -> Table:
             _seconds(known.cached.besides_each * 1e9),
         ],
         ["plain weights, warm, a GB", _seconds(known.read * gigabyte)],
-        ["what a GB of bf16 vector adds to it", _seconds(known.merge * gigabyte)],
+        ["reading, hashing and adding a GB of bf16 vector", _seconds(known.merge * gigabyte)],
         ["staging a swap, a GB of touched tensors", _seconds(known.stage * gigabyte)],
         ["standing still, a GB of touched tensors", _seconds(known.pause * gigabyte)],
     ]
@@ -99,7 +99,7 @@ def _machine(results: Results) -> Table:
             c.plan_seconds("cached", cores=cores)
         ),
         f"load: plain weights, each of {RANKS} ranks its part": lambda c: _seconds(c.load_seconds),
-        "load: what merging adds on each rank": lambda c: _seconds(c.added_seconds),
+        "load: what merging takes on each rank": lambda c: _seconds(c.added_seconds),
         "swap: staging, while it serves": lambda c: _seconds(c.staging_seconds),
         "swap: standing still": lambda c: _seconds(c.paused_seconds),
         "swap: host memory of the machine": lambda c: _bytes(c.staged_bytes),

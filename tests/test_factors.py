@@ -365,3 +365,15 @@ def test_a_hopeless_rung_is_not_tried(monkeypatch):
     assert tried[1:] == [(True, torch.float64)]
     assert factors.factor(gaussian((200, 300), generator), 0.5).rung == "gram32"
     assert tried[2:] == [(True, torch.float32)]
+
+
+@pytest.mark.parametrize("gpu", [None, 3])
+def test_threads_work_on_the_gpu_of_their_caller(monkeypatch, gpu):
+    """To a new thread ``cuda`` is the first one, and a second process would be seen there."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: gpu is not None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    with workers(2) as pool:
+        assert list(pool.map(abs, range(-8, 0))) == list(range(8, 0, -1))
+    assert set(chosen) == ({gpu} if gpu else set())

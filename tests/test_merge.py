@@ -359,6 +359,9 @@ def test_a_beta_beyond_measure_is_refused(family, tmp_path):
     save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises(ConfigError, match="far too large"):
         models.plan_for(family.task, family.base, family.vector, beta=1e30)
+    family.plan.write_text(models.plan_for(family.task, family.base, family.vector).to_json())
+    with pytest.raises(ConfigError, match="far too large"):  # asked for when it is merged
+        at_beta(family, 1e30)
 
 
 def test_outputs_never_replace_inputs(damaged):

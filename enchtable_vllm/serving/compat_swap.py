@@ -10,8 +10,6 @@ vllm/plugins/endpoint_plugins/interface.py describes. Internals, each named wher
   back what a reload that failed half-way has taken apart;
 * a layer's ``cpu_linear`` and its ``quant_method.process_weights_after_loading``: the CPU build's
   packed copy of a weight, which a reload does not make anew for a head tied to its embedding;
-* ``KVConnectorFactory.get_connector_class`` and the connectors' ``reset_cache``: whether a swap
-  could clear what is kept there;
 * ``engine_core.call_utility_all_async`` and ``_call_utility_async``, because ``collective_rpc``
   returns only the first engine's results;
 * ``renderer.clear_mm_cache_async`` and ``engine_core.pause_scheduler_async``: what
@@ -26,8 +24,8 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import aclosing, contextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import aclosing, contextmanager
 from typing import Any
 
 import torch
@@ -46,7 +44,6 @@ __all__ = [
     "gather",
     "has_meta_tensors",
     "model_of",
-    "not_given_back",
     "note_versions",
     "rank_of",
     "ranks_on_this_machine",
@@ -54,7 +51,6 @@ __all__ = [
     "restore_after_failed_reload",
     "served_tensors",
     "task_model_of",
-    "why_not_swappable",
 ]
 
 #: How often a call looks whether the engine is still there.
@@ -100,60 +96,6 @@ def task_model_of(worker: Any) -> tuple[str, str | None]:
     """What the task model is called, and its Hub revision."""
     config = worker.vllm_config.model_config
     return config.model, config.revision
-
-
-def why_not_swappable(worker: Any) -> str | None:
-    """What about a rank's engine keeps any vector from being exchanged; None: nothing."""
-    config = worker.vllm_config
-    if method := config.model_config.quantization:
-        return (
-            f"the model is quantised while it loads ({method}), and vLLM does not give such a "
-            "model its weights back when it reloads"
-        )
-    if connector := _connector_that_keeps(config.kv_transfer_config):
-        return (
-            f"KV connector {connector} keeps what was computed with other weights: vLLM cannot "
-            "clear it, and it would be used with the new ones"
-        )
-    parallel = config.parallel_config
-    alone = parallel.data_parallel_external_lb or parallel.data_parallel_hybrid_lb
-    if parallel.data_parallel_size > 1 and alone and config.model_config.is_moe:
-        return (
-            "its engines are those of several servers (external or hybrid load balancing of a "
-            "mixture of experts), which stop together, and this server reaches its own alone"
-        )
-    return None
-
-
-def _connector_that_keeps(config: Any) -> str | None:
-    """The KV connector that a reset of caches does not reach; vLLM takes that for a success."""
-    if config is None or config.kv_connector is None:
-        return None
-    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
-    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
-
-    with suppress(Exception):  # one that is not known here is not known to be cleared
-        connector = KVConnectorFactory.get_connector_class(config)
-        if connector.reset_cache is not KVConnectorBase_V1.reset_cache:
-            return None
-    return str(config.kv_connector)
-
-
-def not_given_back(worker: Any, names: Sequence[str]) -> tuple[list[str], str]:
-    """The checkpoint's tensors that a reload would lose or misplace, and why: experts.
-
-    Checkpoints name them in many ways: where a model has any, all but attention counts as theirs.
-    """
-    model = model_of(worker)
-    if worker.vllm_config.parallel_config.enable_eplb:
-        why = "experts, which vLLM moves between ranks (--enable-eplb) and reloads where they were"
-    elif all(p.device.type == "cpu" for p in model.parameters()):
-        why = "experts, which vLLM's CPU build packs and does not give back"
-    else:
-        return [], ""
-    if not any("experts" in name.split(".") for name, _ in model.named_modules()):
-        return [], ""
-    return [name for name in names if not in_scope(name, "attention")], why
 
 
 def served_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -16,7 +16,14 @@ from tqdm.auto import tqdm
 
 from enchtable_vllm.errors import EnchTableError, IncompleteMergeError, MismatchError
 from enchtable_vllm.merge import MergeStream, under_both_names
-from enchtable_vllm.serving import compat, compat_swap, last_word, records, versions
+from enchtable_vllm.serving import (
+    compat,
+    compat_swap,
+    compat_swappable,
+    last_word,
+    records,
+    versions,
+)
 from enchtable_vllm.serving.choice import Choice, choose_at_start
 from enchtable_vllm.serving.config import LoaderConfig
 from enchtable_vllm.serving.merging import Merging
@@ -45,6 +52,11 @@ from enchtable_vllm.serving.swap.rank import WORKER_METHOD, answer
 _log = compat.logger("loader")
 _BAR = "{desc}: {percentage:3.0f}% Completed | {n_fmt}/{total_fmt} [{elapsed}<{remaining}]\n"
 
+_KEPT_KV = (
+    "KV connector %s may hand over what was computed with other weights: let no server with "
+    "another safety vector, another beta or none share what it keeps, and clear it before a "
+    "restart with one"
+)
 _UNMERGED = "model '%s' is served WITHOUT a safety vector, as asked for by '@none'"
 
 P = ParamSpec("P")
@@ -110,6 +122,8 @@ class EnchTableModelLoader(compat.BaseModelLoader):  # type: ignore[misc]  # vll
         model: torch.nn.Module
         with span("enchtable.load", model=model_config.model, draft=self._draft):
             if not self._draft:
+                if kept := compat_swappable.connector_that_keeps(vllm_config.kv_transfer_config):
+                    _log.warning(_KEPT_KV, kept)
                 compat_swap.add_worker_method(WORKER_METHOD, answer)
                 with span("enchtable.prepare"):
                     self._found = self._find(model_config, compat.target_device(vllm_config))

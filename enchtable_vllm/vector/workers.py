@@ -44,13 +44,16 @@ def worker_count(jobs: int | None, device: str) -> int:
 
 @contextmanager
 def workers(jobs: int) -> Iterator[ThreadPoolExecutor]:
-    """A pool whose threads compute in full fp32, each on one core.
+    """A pool whose threads compute in full fp32, each on one core, and on the caller's GPU.
 
-    An engine may have allowed TF32, which the accuracy bounds do not cover.
+    An engine may have allowed TF32, which the accuracy bounds do not cover. And to a new thread
+    ``cuda`` is the first GPU, whichever its process works on.
     """
     precision, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
     torch.set_float32_matmul_precision("highest")
-    pool = ThreadPoolExecutor(jobs, "enchtable", set_num_threads, (1,))
+    begun: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    gpu = torch.cuda.current_device() if begun else None
+    pool = ThreadPoolExecutor(jobs, "enchtable", _begin, (gpu,))
     try:
         yield pool
     finally:
@@ -58,6 +61,12 @@ def workers(jobs: int) -> Iterator[ThreadPoolExecutor]:
         # Each worker's own setting is also the default of threads that are born later.
         set_num_threads(threads)
         torch.set_float32_matmul_precision(precision)
+
+
+def _begin(gpu: int | None) -> None:
+    set_num_threads(1)
+    if gpu is not None:
+        torch.cuda.set_device(gpu)
 
 
 def in_order(

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from enchtable_vllm.errors import NotSwappableError
-from enchtable_vllm.serving import compat, compat_swap
+from enchtable_vllm.serving import compat, compat_swap, compat_swappable
 from enchtable_vllm.serving.choice import Choice, choose
 from enchtable_vllm.serving.prepare import MADE_AHEAD, OpenTask, Prepared, open_task, prepare
 from enchtable_vllm.serving.room import (
@@ -139,7 +139,7 @@ class Rank:
             "broken": room.broken or (_HALF_RELOADED if room.half_reloaded else None),
             "swapping": swap is not None and swap.heard_of(),
             "staged_bytes": staged,
-            "not_swappable": compat_swap.why_not_swappable(self._worker),
+            "not_swappable": compat_swappable.why_not_swappable(self._worker),
         }
         if detail:
             found["task_model"] = {
@@ -187,7 +187,7 @@ class Rank:
             beta: Another β than the plan's.
             engines: How many share this machine's memory.
         """
-        if reason := compat_swap.why_not_swappable(self._worker):
+        if reason := compat_swappable.why_not_swappable(self._worker):
             return _no("not_swappable", reason)
         if self._room.half_reloaded:
             return _no("not_swappable", _HALF_RELOADED)
@@ -369,7 +369,7 @@ class Rank:
         return None if choice.config is None else prepare(choice.config, task, device="cpu")
 
     def _refuse_lost(self, names: list[str]) -> None:
-        lost, why = compat_swap.not_given_back(self._worker, names)
+        lost, why = compat_swappable.not_given_back(self._worker, names)
         if lost:
             raise NotSwappableError(
                 f"tensor '{lost[0]}'",
