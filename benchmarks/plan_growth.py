@@ -17,7 +17,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from benchmarks.architectures import GROWING, Architecture, Shape, random_of
 from benchmarks.harness import Row, row
@@ -96,6 +96,12 @@ class Pace:
         if self.model is None:
             return 0.0
         return max(0.0, self.model_seconds - self.all_pairs(_whole(self.model)))
+
+    def with_besides_of(self, other: Pace) -> Pace:
+        """Its own pairs, and beyond them what the other takes, of whose time that is more."""
+        if self.model is None:
+            return self
+        return replace(self, model_seconds=self.all_pairs(_whole(self.model)) + other.besides)
 
     @property
     def besides_each(self) -> float:

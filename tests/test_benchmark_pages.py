@@ -240,6 +240,7 @@ def test_plots_are_drawn_once_and_drawn_anew_when_a_figure_changes(results, tmp_
 def test_scale_is_derived_from_what_was_measured(results):
     known = Constants.of(results)
     assert known.cores == 2
+    assert known.cold.besides == pytest.approx(known.cached.besides)
     costs = Costs(LLAMA_1B, known)
     assert costs.load_seconds * RANKS == pytest.approx(1.0)  # of the very model that was measured
     # Three steps of 1 ms for 2^20 elements, by each of two cores at once.
