@@ -51,7 +51,7 @@ def workers(jobs: int) -> Iterator[ThreadPoolExecutor]:
     """
     precision, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
     torch.set_float32_matmul_precision("highest")
-    begun: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    begun: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # torch is untyped here
     gpu = torch.cuda.current_device() if begun else None
     pool = ThreadPoolExecutor(jobs, "enchtable", _begin, (gpu,))
     try:
