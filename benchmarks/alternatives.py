@@ -126,9 +126,7 @@ def _servers(case: served.Case, options: Options) -> Iterator[_Servers]:
 
         def start(name: str, arguments: list[str], plugins: Sequence[str] = ()) -> Server:
             log = options.scratch / f"{name}.log"
-            server = served.server(case.task, log, arguments, plugins=plugins)
-            stack.callback(server.stop)
-            return server
+            return served.server(case.task, log, arguments, plugins=plugins)
 
         ours = start("swapped", case.swapping, ["enchtable"])
         lora = {}
@@ -136,8 +134,7 @@ def _servers(case: served.Case, options: Options) -> Iterator[_Servers]:
             modules = [f"{n}={options.scratch / f'{n}-{rank}'}" for n in (_NEAREST, _EXPERT)]
             adapter = ["--enable-lora", "--max-lora-rank", str(rank), "--lora-modules", *modules]
             lora[rank] = start(f"lora-{rank}", adapter)
-        for server in (ours, *lora.values()):  # they start beside each other
-            stack.enter_context(server)
+        served.start_together(stack, (ours, *lora.values()))
         yield _Servers(served.Swapped(ours), lora)
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -142,6 +143,15 @@ def apart(do: Callable[..., T], *arguments: object) -> T:
     """Do it in a process of its own: it imports what this one should not."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(do, *arguments).result()
+
+
+def start_together(stack: ExitStack, servers: Iterable[Server]) -> None:
+    """Wait for servers, which start beside each other; the stack stops all, whatever happens."""
+    servers = list(servers)
+    for one in servers:
+        stack.callback(one.stop)
+    for one in servers:
+        stack.enter_context(one)
 
 
 def server(

@@ -169,10 +169,8 @@ def _started(
         server = served.server(
             case.task, log, arguments, plugins=plugins, compiled=options.compiled, **variables
         )
-        stack.callback(server.stop)
         servers[name] = server
-    for server in servers.values():
-        stack.enter_context(server)
+    served.start_together(stack, servers.values())
     merged = {name: len(server.lines("safety vector merged: ")) for name, server in servers.items()}
     if merged != {_OURS: 1, PLAIN: 0}:
         raise NotVerified("servers that merged", expected=_OURS, got=merged, fix="See their logs.")

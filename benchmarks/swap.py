@@ -37,7 +37,7 @@ from benchmarks.harness.interval import ratio
 from benchmarks.harness.results import Results
 from benchmarks.harness.tables import Table
 from benchmarks.harness.units import shown
-from benchmarks.served import DTYPE
+from benchmarks.served import DTYPE, start_together
 from benchmarks.swap_server import NAMES, Load, SwapServer, served, under_load
 from enchtable_vllm.demo.server import free_port
 
@@ -78,12 +78,10 @@ def verify(options: Options) -> None:
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         task = pool.submit(swap_server.make_root, options.scratch).result()
     (options.scratch / "task").write_text(str(task))
-    with ExitStack() as both:  # they start beside each other
+    with ExitStack() as both:
         servers = {name: SwapServer(task, options.scratch, name, free_port()) for name in NAMES}
+        start_together(both, servers.values())
         for server in servers.values():
-            both.callback(server.stop)
-        for server in servers.values():
-            both.enter_context(server)
             both.enter_context(server.http)
         fresh = {name: server.weights() for name, server in servers.items()}
         told = {name: swap_server.logprobs(server) for name, server in servers.items()}
