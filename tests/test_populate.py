@@ -1,5 +1,6 @@
 """Memory had beforehand: there when it is written to, and what it held still in it."""
 
+import mmap
 import platform
 import resource
 from pathlib import Path
@@ -17,9 +18,15 @@ def faults() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
+def new_to_the_process(size: int) -> torch.Tensor:
+    """[size] uint8 in memory straight from the system: an allocator may have some that was used."""
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=torch.uint8)
+
+
 @pytest.mark.skipif(KERNEL < (5, 14), reason="Linux cannot be asked before 5.14")
 def test_what_was_had_beforehand_is_not_waited_for():
-    nobody_asked, asked = (torch.empty(64 * MIB, dtype=torch.uint8) for _ in range(2))
+    nobody_asked, asked = (new_to_the_process(64 * MIB) for _ in range(2))
     populate([asked])
     before = faults()
     asked.fill_(1)
@@ -33,7 +40,7 @@ def test_no_memory_is_taken_besides():
     def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
-    tensors = [torch.empty(3 * MIB + 4321, dtype=torch.uint8) for _ in range(20)]
+    tensors = [new_to_the_process(3 * MIB + 4321) for _ in range(20)]
     before = resident()
     populate(tensors)
     assert resident() - before <= sum(t.nbytes for t in tensors) + 4 * MIB
