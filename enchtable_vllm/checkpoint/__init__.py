@@ -9,11 +9,16 @@ from enchtable_vllm.checkpoint.fingerprint import (
 )
 from enchtable_vllm.checkpoint.location import Location, local, locate, nothing_downloaded, on_hub
 from enchtable_vllm.checkpoint.reader import TORCH_DTYPES, Checkpoint, TensorHeader
-from enchtable_vllm.checkpoint.transaction import FileTransaction, FolderTransaction
+from enchtable_vllm.checkpoint.transaction import (
+    AdditionTransaction,
+    FileTransaction,
+    FolderTransaction,
+)
 from enchtable_vllm.checkpoint.writer import ShardWriter
 
 __all__ = [
     "TORCH_DTYPES",
+    "AdditionTransaction",
     "Checkpoint",
     "FileTransaction",
     "Fingerprint",

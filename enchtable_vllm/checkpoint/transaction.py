@@ -52,6 +52,7 @@ class _Transaction:
             try:
                 self._create()
             except BaseException:
+                _remove(self.path)
                 self._release_lock()
                 raise
         except (OSError, ValueError) as error:
@@ -222,6 +223,41 @@ class FileTransaction(_Transaction):
         finally:
             os.close(descriptor)
         self.path.rename(self.target)
+
+
+class AdditionTransaction(_Transaction):
+    """Files that join those of a folder: one of these, written last, says that they are there.
+
+    Use as a context manager: write them all into the folder that it gives, under names that begin
+    with the stem, and a new ``index``; on success they replace those that are there. A failure
+    leaves what is there, and a kill while they are exchanged a folder whose index names none.
+
+    Args:
+        folder: That they join.
+        stem: What their names begin with.
+        index: The name of the file that says that they are there.
+        without: Its content where they are not.
+
+    Raises:
+        ConfigError: The folder is being written to by another process, or cannot be.
+    """
+
+    def __init__(self, folder: Path, stem: str, *, index: str, without: str) -> None:
+        super().__init__(folder / stem)
+        self._index, self._without = index, without
+
+    def _create(self) -> None:
+        _remove(self.path)
+        self.path.mkdir()
+        (self.path / f".{self._index}").write_text(self._without, encoding="utf-8")
+
+    def _commit(self) -> None:
+        folder = self.target.parent
+        (self.path / f".{self._index}").rename(folder / self._index)
+        for old in folder.glob(f"{self.target.name}*"):
+            old.unlink()
+        for new in sorted(self.path.iterdir(), key=lambda path: path.name == self._index):
+            new.rename(folder / new.name)
 
 
 def _remove(path: Path) -> None:

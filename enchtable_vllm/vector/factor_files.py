@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Generator, Mapping
+from contextlib import closing
 
 import torch
 from blake3 import blake3
 
-from enchtable_vllm.checkpoint import Checkpoint, ShardWriter, TensorHeader
+from enchtable_vllm.checkpoint import AdditionTransaction, Checkpoint, ShardWriter, TensorHeader
 from enchtable_vllm.checkpoint.fingerprint import raw_bytes
 from enchtable_vllm.checkpoint.writer import assign_shards, write_index
 from enchtable_vllm.errors import CheckpointError, ConfigError, SafetyVectorError, summarize_faults
@@ -195,11 +195,11 @@ def add_factors(
                 entries[name] = tuple(row)
                 progress(name, done, len(names))
 
-    partial = folder / ".factors.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    tensors = computed()
-    try:
+    bare = vector.manifest.model_copy(update={"factors": None})
+    adding = AdditionTransaction(
+        folder, FACTORS_FILE_STEM, index=VECTOR_MANIFEST, without=_document(bare)
+    )
+    with adding as partial, closing(computed()) as tensors:
         for file, shard in shards.items():
             with ShardWriter(partial / file, shard, {"format": "pt"}) as writer:
                 for _ in shard:
@@ -219,16 +219,12 @@ def add_factors(
                 )
             }
         )
-        (partial / VECTOR_MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
-        for old in folder.glob(f"{FACTORS_FILE_STEM}*"):
-            old.unlink()
-        # The manifest last: until then the vector is one without factors, or with old ones.
-        for new in sorted(partial.iterdir(), key=lambda path: path.name == VECTOR_MANIFEST):
-            new.rename(folder / new.name)
-    finally:
-        tensors.close()
-        shutil.rmtree(partial, ignore_errors=True)
+        (partial / VECTOR_MANIFEST).write_text(_document(manifest), encoding="utf-8")
     return manifest
+
+
+def _document(manifest: VectorManifest) -> str:
+    return manifest.model_dump_json(indent=2) + "\n"
 
 
 _SIDES = ("left", "right")
