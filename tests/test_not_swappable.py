@@ -70,6 +70,7 @@ def worker(
     )
     usual = {"data_parallel_size": 1, "enable_eplb": False,
              "data_parallel_external_lb": False, "data_parallel_hybrid_lb": False}
+    model = torch.nn.Identity() if model is None else model
     return Some(
         model_runner=Some(get_model=lambda: model),
         vllm_config=Some(
@@ -84,6 +85,13 @@ connectors, names = json.loads(sys.argv[1])
 two = {"data_parallel_size": 2}
 external, hybrid = ({**two, f"data_parallel_{kind}_lb": True} for kind in ("external", "hybrid"))
 linear = torch.nn.Linear(2, 2)
+finishing, joined, routed = (torch.nn.Linear(2, 2) for _ in range(3))
+finishing.process_weights_after_loading = print
+inside = torch.nn.Sequential(joined)
+joined._merged_conv_weight = joined.weight.data
+routed._combined_gate_weight = routed.weight.data
+unused = torch.nn.Linear(2, 2)
+unused._merged_conv_weight = unused._combined_gate_weight = None
 mixture = torch.nn.ModuleDict({"experts": torch.nn.Linear(2, 2)})
 split = torch.nn.Linear(2, 2)
 split._bf16x3_weight = split.weight.data
@@ -93,6 +101,11 @@ print("\\nRESULT", json.dumps({
     "plain": why_not_swappable(worker()),
     "quantised": why_not_swappable(worker(quantization="fp8")),
     "connectors": {n: why_not_swappable(worker(connector=one)) for n, one in connectors.items()},
+    "finishing": why_not_swappable(worker(model=finishing)),
+    "joined": why_not_swappable(worker(model=inside)),
+    "not joined yet": why_not_swappable(worker(model=unused)),
+    "routed": not_given_back(worker(model=routed), names),
+    "not routed yet": not_given_back(worker(model=unused), names),
     "prefetched": why_not_swappable(worker(offload={"prefetch": {"offload_group_size": 4}})),
     "offloaded": why_not_swappable(worker(offload={"uva": {"cpu_offload_gb": 1}})),
     "external": why_not_swappable(worker(is_moe=True, **external)),
@@ -132,6 +145,16 @@ def test_a_cache_that_a_swap_cannot_clear(told, connector):
 def test_layers_whose_lasting_weights_a_reload_does_not_reach(told):
     assert "--offload-group-size" in told["prefetched"]
     assert told["offloaded"] is None
+
+
+def test_what_a_model_computes_of_its_weights_once(told):
+    """A reload puts back parameters and buffers, and nothing that was made of them."""
+    assert "a step of its own" in told["finishing"]
+    assert "would go on with those" in told["joined"]
+    assert told["not joined yet"] is None
+    assert told["routed"][0] == [EXPERT]
+    assert "does not join anew" in told["routed"][1]
+    assert told["not routed yet"] == [[], ""]
 
 
 def test_engines_of_other_servers_that_stop_together(told):

@@ -6,7 +6,8 @@ Read of vLLM's configs, and besides:
   could clear what is kept there;
 * ``kv_connector_extra_config`` of ``MultiConnector`` (``connectors``) and of
   ``OffloadingConnector`` (``spec_name``): what they pass a reset on to;
-* attributes of layers (`_MARKERS`), read only;
+* attributes of layers (`_MARKERS`, `_KEPT`), read only, and whether the model has a step after
+  loading of its own;
 * ``offload_config.prefetch``: whether layers share memory on the device, and where the weights
   that last are.
 """
@@ -33,7 +34,10 @@ _CLEARED = "CPUOffloadingSpec"
 _MARKERS = {
     "_moonep_weight_layout": "experts as MoonEP lays them out, which vLLM does not reload",
     "_bf16x3_weight": "a router that vLLM splits for this GPU, and does not put back",
+    "_combined_gate_weight": "a router that vLLM joins with another, and does not join anew",
 }
+#: What a layer computes of attention's weights when it is first used, and keeps.
+_KEPT = "_merged_conv_weight"
 _ELSEWHERE = (
     "layers are prefetched from host memory (--offload-group-size): vLLM reloads the copies on the "
     "device, which several layers share, and would go on with the old ones"
@@ -55,6 +59,8 @@ def why_not_swappable(worker: Any) -> str | None:
             f"KV connector {connector} keeps what was computed with other weights: vLLM cannot "
             "clear it, and it would be used with the new ones"
         )
+    if reason := _keeps_what_was_computed(worker.model_runner.get_model()):
+        return reason
     parallel = config.parallel_config
     alone = parallel.data_parallel_external_lb or parallel.data_parallel_hybrid_lb
     if parallel.data_parallel_size > 1 and alone and config.model_config.is_moe:
@@ -72,6 +78,18 @@ def _keeps_weights_elsewhere(config: Any) -> str | None:
     if offload is None or prefetch is None or offload.offload_backend == "uva":
         return None
     return _ELSEWHERE if prefetch.offload_group_size > 0 else None
+
+
+def _keeps_what_was_computed(model: torch.nn.Module) -> str | None:
+    """What the model computes of its weights once, and would go on with; None: nothing."""
+    if hasattr(model, "process_weights_after_loading"):
+        return (
+            "the model ends its loading with a step of its own, which vLLM leaves out when it "
+            "reloads weights"
+        )
+    if any(getattr(module, _KEPT, None) is not None for module in model.modules()):
+        return "the model joins convolutions of its attention once, and vLLM would go on with those"
+    return None
 
 
 def connector_that_keeps(config: Any) -> str | None:
