@@ -29,7 +29,7 @@ from enchtable_vllm.errors import ConfigError, printable
 from enchtable_vllm.evaluate.curve import write_png
 from enchtable_vllm.evaluate.tune_choice import Budget
 from enchtable_vllm.evaluate.tune_journal import Sweep, Tuning
-from enchtable_vllm.evaluate.tune_page import doubts, verdict
+from enchtable_vllm.evaluate.tune_page import doubts, judged, verdict
 from enchtable_vllm.fleet.credentials import Credentials
 from enchtable_vllm.fleet.exchange import How
 
@@ -212,4 +212,6 @@ def _print(tuning: Tuning) -> None:
         doubtful = f"\n[dim]{words}[/]" if (words := doubts(step)) else ""
         table.add_row(step.name, unsafe + doubtful, utility, refused)
     out.print(table)
+    if tuning.judge is not None:
+        say(judged(tuning))
     say(verdict(tuning))

@@ -135,6 +135,7 @@ def _sweep(wanted: Tune, tuning: Tuning, output: Path) -> None:
         _serve(wanted, tuning, beta, output)
         report = wanted.evaluate(output / name)
         tuning.steps.append(_step(beta, name, report))
+        tuning.judge = report.judge
         write_tuning(output, tuning)
 
 

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from enchtable_vllm.errors import ConfigError
 from enchtable_vllm.evaluate.files import write_whole
+from enchtable_vllm.evaluate.report import Judge
 from enchtable_vllm.evaluate.tune_choice import Step
 from enchtable_vllm.fleet.documents import Served
 
@@ -46,6 +47,7 @@ class Tuning(BaseModel):
     Attributes:
         before: What the server served before the first swap of the first run.
         weights: What is swept, beyond its name.
+        judge: Who said what is unsafe, as of the last step; None: there is none yet.
         restored: Whether it serves that again, as far as is known.
         proposed: The β with the lowest unsafe rate within the budget; None: there is none yet.
         alike: Other β within the budget whose unsafe rate the sample cannot tell from it.
@@ -58,6 +60,7 @@ class Tuning(BaseModel):
     before: Served
     weights: Weights
     steps: list[Step] = []
+    judge: Judge | None = None
     restored: bool = True
     utility_budget: float | None = None
     over_refusal_budget: float | None = None

@@ -26,6 +26,7 @@ def tune_page(tuning: Tuning, picture: Html) -> str:
             ],
         )
     )
+    parts += [paragraph(f"{judged(tuning)}.", "note")] if tuning.judge else []
     parts.append(
         paragraph(
             "Shares with Wilson's 95% interval, on the validation split: measure the proposed "
@@ -34,6 +35,14 @@ def tune_page(tuning: Tuning, picture: Html) -> str:
         )
     )
     return page(f"Beta of {tuning.sweep.safety_vector}", parts)
+
+
+def judged(tuning: Tuning) -> str:
+    """By whom, and how far that judge is to be trusted; empty where nothing was judged."""
+    judge = tuning.judge
+    if judge is None:
+        return ""
+    return f"Judge: {' '.join(filter(None, (judge.name, judge.model)))}, {judge.calibrated}"
 
 
 def verdict(tuning: Tuning) -> str:
