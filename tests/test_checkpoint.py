@@ -105,6 +105,19 @@ def test_missing_weights_are_refused_by_name(tmp_path):
         Checkpoint(tmp_path, stem="vector")
 
 
+@pytest.mark.parametrize("error", [TimeoutError(), RuntimeError("read broke off\nin a socket")])
+def test_whatever_breaks_a_download_is_a_refusal(monkeypatch, error):
+    """Errors of a network have many types, and at times no text."""
+
+    def download(*_, **__):
+        raise error
+
+    monkeypatch.setattr("enchtable_vllm.checkpoint.location.snapshot_download", download)
+    with pytest.raises(CheckpointError, match=type(error).__name__) as refused:
+        locate("org/name")
+    assert "HF_TOKEN and the network" in str(refused.value)
+
+
 def test_locate(family, tmp_path):
     assert locate(family.task) == Location(family.task.resolve())
     with pytest.raises(CheckpointError, match="neither"):

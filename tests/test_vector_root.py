@@ -84,6 +84,7 @@ def test_current(root):
         '{"version": 1, "safety_vector": "a", "updated": "", "beta": NaN}',
         '{"version": 1, "safety_vector": "a", "updated": "", "more": 1}',
         '{"version": 0, "safety_vector": "a", "updated": ""}',
+        '{"version": 1, "safety_vector": "@current", "updated": ""}',
         '{"format_version": 2, "version": 1, "safety_vector": "a", "updated": ""}',
     ],
 )

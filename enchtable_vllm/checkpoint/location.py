@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from enchtable_vllm.errors import CheckpointError
 
@@ -149,7 +148,7 @@ def on_hub(
         folder = download(allow_patterns=list(allow_patterns))
         if allow_patterns is MODEL_PATTERNS and not any(Path(folder).glob("*.safetensors")):
             folder = download(allow_patterns=[*allow_patterns, *PICKLED_PATTERNS])
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except Exception as error:  # what a network does to a download is in no list
         if not _downloads.get():
             raise CheckpointError(
                 f"{what} '{repo_id}@{revision or 'main'}'",
@@ -158,7 +157,7 @@ def on_hub(
                 fix="Check the path, or download it first: this check does not. "
                 f"'hf download {repo_id}' does.",
             ) from error
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip().splitlines() or [""])[0]
         raise CheckpointError(
             f"{what} '{repo_id}@{revision or 'main'}'",
             expected="an existing folder or a Hub repository that can be downloaded",

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from enchtable_vllm.checkpoint import FileTransaction
 from enchtable_vllm.checkpoint.files import is_there, read_json, refuse_link_out
@@ -46,6 +46,12 @@ def is_vector_name(text: str) -> bool:
     return _NAME.fullmatch(text) is not None
 
 
+def _refuse_reference(name: str) -> str:
+    if name == CURRENT:
+        raise ValueError(f"the name of a vector, not '{CURRENT}'")
+    return name
+
+
 def is_pinned_repository(text: str) -> bool:
     """Whether this is ``org/name@COMMIT``, the commit in full."""
     return _PINNED.fullmatch(text) is not None
@@ -66,7 +72,7 @@ class CurrentVector(BaseModel):
 
     format_version: FormatVersion = 1
     version: Annotated[int, Field(ge=1)]
-    safety_vector: Annotated[str, Field(min_length=1)]
+    safety_vector: Annotated[str, Field(min_length=1), AfterValidator(_refuse_reference)]
     beta: Beta | None = None
     updated: str
 
