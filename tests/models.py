@@ -45,9 +45,13 @@ def perturbed(
     scale: float,
     seed: int,
     only: str = "",
+    norms: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Path:
-    """A copy whose matrices and biases differ by Gaussian noise: stands for a fine-tune."""
+    """A copy whose matrices and biases differ by Gaussian noise: stands for a fine-tune.
+
+    ``norms``: those too, by as much as beside 1 is not lost in bf16.
+    """
     target.mkdir(parents=True)
     generator = torch.Generator().manual_seed(seed)
     for path in sorted(source.iterdir()):
@@ -59,12 +63,28 @@ def perturbed(
             if only in name and (tensor.ndim > 1 or name.endswith(".bias")):
                 noise = torch.randn(tensor.shape, generator=generator) * scale
                 tensor = (tensor.float() + noise).to(tensor.dtype)
+            elif only in name and norms:
+                noise = torch.randn(tensor.shape, generator=generator) * scale * 50
+                tensor = (tensor.float() + noise).to(tensor.dtype)
             tensors[name] = tensor.to(dtype or tensor.dtype).contiguous()
         save_file(tensors, target / path.name, metadata={"format": "pt"})
     if dtype is not None:
         config = json.loads((target / "config.json").read_text())
         config["dtype"] = str(dtype).removeprefix("torch.")
         (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+def in_two_files(source: Path, target: Path, second: str) -> Path:
+    """A copy of a checkpoint whose tensors of that name part lie in a second, smaller file."""
+    shutil.copytree(source, target)
+    tensors = load_file(target / "model.safetensors")
+    (target / "model.safetensors").unlink()
+    files = {name: f"model-0000{1 + (second in name)}-of-00002.safetensors" for name in tensors}
+    for file in set(files.values()):
+        part = {name: tensor for name, tensor in tensors.items() if files[name] == file}
+        save_file(part, target / file, metadata={"format": "pt"})
+    (target / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
     return target
 
 
@@ -110,6 +130,7 @@ def make_family(
     *,
     scope: str = "attention",
     beta: float = 0.5,
+    norms: bool = False,
     store: Callable[[Path], object] = lambda _: None,
     extend: Callable[[Path], object] = lambda _: None,
 ) -> Family:
@@ -118,9 +139,9 @@ def make_family(
     Base and task model are stored anew by ``store``; the task model is changed by ``extend``.
     """
     only = "self_attn" if scope == "attention" else ""
-    surrogate = perturbed(aligned, folder / "surrogate", scale=2e-3, seed=1, only=only)
+    surrogate = perturbed(aligned, folder / "surrogate", scale=2e-3, seed=1, only=only, norms=norms)
     base = perturbed(aligned, folder / "base", scale=0.0, seed=0, dtype=torch.bfloat16)
-    task = perturbed(base, folder / "task", scale=2e-3, seed=2)
+    task = perturbed(base, folder / "task", scale=2e-3, seed=2, norms=norms)
     extend(task)
     for model in (base, task):
         store(model)

@@ -1,4 +1,7 @@
-"""What a server would merge, keep and refuse: told from headers, no tensor is read whole."""
+"""What a server would merge, keep and refuse: told from headers.
+
+No tensor is read whole but a head that may be its embedding again.
+"""
 
 from __future__ import annotations
 

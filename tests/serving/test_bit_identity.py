@@ -50,12 +50,15 @@ def one_rank(family, merged, real_family, every_option, tmp_path_factory):
     real_merged = merged_offline(real_family, tmp_path_factory.mktemp("m") / "merged")
     ours = {"load_format": "enchtable"}
     with_options, keys, options_merged = every_option
+    # A thread reads a file: what is in the second comes in between.
+    in_files = tmp_path_factory.mktemp("files") / "task"
+    models.in_two_files(family.task, in_files, "layers.0.self_attn.k_proj")
     settings = {
         "unmerged": {"model": str(family.task), "enforce_eager": True},
         "offline": {"model": str(merged), "enforce_eager": True},
         "ours": {"model": str(family.task), "enforce_eager": True, "reload": True, **ours},
         "another inner format": {
-            "model": str(family.task),
+            "model": str(in_files),
             "enforce_eager": True,
             "load_format": "enchtable",
             "model_loader_extra_config": {

@@ -105,8 +105,9 @@ def families(tmp_path_factory):
         aligned = architectures.tiny(case.model_type, own / "aligned", **case.sizes)
         case.names(aligned)
         made[label] = models.make_family(
-            aligned, own, scope=case.scope, store=case.store, extend=case.extend
-        )
+            aligned, own, scope=case.scope, norms=case.scope == "all", store=case.store,
+            extend=case.extend,
+        )  # fmt: skip
     return made
 
 

@@ -6,6 +6,7 @@ import re
 import shutil
 
 import architectures
+import models
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -131,7 +132,7 @@ def seen(family, merged, tmp_path_factory):
         "quantised offline": {"model": str(merged), **PLAIN, **ONLINE},
         "quantised ours": {"model": str(family.task), "refuses_swaps": True, **OURS, **ONLINE},
         "streamer ours": {
-            "model": str(family.task),
+            "model": str(models.in_two_files(family.task, folder / "files", "layers.0.self_attn")),
             **OURS,
             "model_loader_extra_config": {
                 "inner_load_format": "runai_streamer",
