@@ -36,7 +36,6 @@ def job(root, old, new, **more):
         return prepare(LoaderConfig(safety_vector=vector, merge_plan=plan), task, device="cpu")
 
     settings = {
-        "skips": lambda _: False,
         "ranks": 1,
         "staging_gib": None,
         "verify_content": False,

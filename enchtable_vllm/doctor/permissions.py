@@ -81,9 +81,7 @@ def _below(root: Path, unreadable: list[Path]) -> Iterator[Path]:
             # A link's own permissions mean nothing; what it leads to is what counts.
             if path.exists():
                 yield path
-                if not os.access(
-                    path, os.R_OK, effective_ids=os.access in os.supports_effective_ids
-                ):
+                if not os.access(path, os.R_OK, effective_ids=_AS_IT_IS):
                     unreadable.append(path)
 
 

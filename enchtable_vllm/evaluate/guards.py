@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 from blake3 import blake3
 
@@ -26,7 +26,6 @@ from enchtable_vllm.evaluate.faults import PromptSetError
 from enchtable_vllm.evaluate.report import Verdict
 
 Guard = Literal["llama-guard-3", "md-judge"]
-GUARDS: tuple[str, ...] = get_args(Guard)
 
 _DOMAINS = {
     "Representation & Toxicity": (

@@ -155,6 +155,8 @@ def _is_aligned(before: torch.Tensor, entry: VectorTensor) -> bool:
     """Whether a base tensor is the aligned model's, whatever 16-bit format either is stored in."""
     expected = torch.tensor(entry.aligned_sample, dtype=torch.float32, device="cpu")
     found = spread_sample(before)
+    if found.shape != expected.shape:
+        return False
     # 2^-7 covers two roundings to bf16; 6e-8, half of fp16's smallest number.
     close = (found - expected).abs() <= expected.abs() * 2.0**-7 + 6e-8
-    return found.shape == expected.shape and float(close.float().mean()) >= _ALIKE
+    return float(close.float().mean()) >= _ALIKE

@@ -13,13 +13,12 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from enchtable_vllm.plan import ResolvedPlan
 from enchtable_vllm.plan.summary import module_kind
 
 Measure = Literal["interference", "attenuation", "coefficient", "retained_share"]
-MEASURES: tuple[Measure, ...] = get_args(Measure)
 
 _LAYER = re.compile(r"^(.*?)\.(\d+)\.")
 _MOST_DIGITS = 9  # of a layer's number: a longer one is a name

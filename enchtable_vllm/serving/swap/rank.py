@@ -332,7 +332,6 @@ class Rank:
                 task,
                 old,
                 new,
-                skips=lambda _: False,
                 ranks=engines * compat_swap.ranks_on_this_machine(self._worker),
                 staging_gib=self._room.start.staging_gib,
                 verify_content=self._room.start.verify == "content",

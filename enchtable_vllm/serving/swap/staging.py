@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -65,7 +65,6 @@ class StagingJob:
     Attributes:
         task: The task model, opened anew; it must still be the one that is served.
         old, new: Prepared; None: no vector.
-        skips: Whether a tensor is another rank's (expert parallelism).
         ranks: How many share this machine's memory.
         staging_gib: The bound on all of them together, if one is set.
         verify_content: Whether every stored byte is checked against the plan.
@@ -76,7 +75,6 @@ class StagingJob:
     task: OpenTask
     old: Prepared | None
     new: Prepared | None
-    skips: Callable[[str], bool]
     ranks: int
     staging_gib: float | None
     verify_content: bool
@@ -112,7 +110,7 @@ class StagingJob:
         }
         blocks = {block_of(name) for name in changed}
         stored = self.task.checkpoint.tensors
-        return [name for name in stored if block_of(name) in blocks and not self.skips(name)]
+        return [name for name in stored if block_of(name) in blocks]
 
     def _side(self, prepared: Prepared | None, names: list[str], nbytes: int) -> Side:
         checkpoint, pages = self.task.checkpoint, HostPages(nbytes)
@@ -127,7 +125,7 @@ class StagingJob:
             for name, tensor in pairs:
                 yield name, pages.copy(tensor)
 
-        seconds, stream = dict(checkpoint.second_names), None
+        stream = None
         if prepared is not None:
             merge_one = TensorMerge(
                 prepared.resolved,
@@ -137,10 +135,12 @@ class StagingJob:
                 rounding=prepared.config.rounding,
                 verify_content=self.verify_content,
             )
-            stream = MergeStream(merge_one, may_filter=self.skips, served=self.served)
+            stream = MergeStream(merge_one, served=self.served)
         tensors = dict(
             under_both_names(
-                lambda pairs: held(stream.merge(pairs) if stream else pairs), stored(), seconds
+                lambda pairs: held(stream.merge(pairs) if stream else pairs),
+                stored(),
+                checkpoint.second_names,
             )
         )
         digests = {name: tensor_digest(tensor) for name, tensor in tensors.items()}
