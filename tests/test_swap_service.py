@@ -1,4 +1,4 @@
-"""What an API server makes of its engines' answers, when they are not as they should be.
+"""What an API server makes of its engines' answers, when they are not as they should be, or late.
 
 The answers are planted; in a process of its own, because vLLM is imported.
 """
@@ -67,3 +67,52 @@ def test_engines_that_loaded_different_vectors_are_no_server(versions, swapping,
         assert "expected the same vector on each, got ['a', 'b']" in told
     else:
         assert told == named
+
+
+HANGS = """
+import asyncio, json, threading, time
+from enchtable_vllm.serving.swap import root
+from enchtable_vllm.serving.swap.errors import SwapError
+
+looks, hangs = [], threading.Event()
+
+class Hanging:
+    def __init__(self, path):
+        looks.append(path)
+        hangs.wait()
+
+    def current(self):
+        return None
+
+async def ask():
+    desired, found = root.Desired("/some"), {}
+    started = time.monotonic()
+    found["seen"] = [await desired.seen() for _ in range(4)]
+    found["seconds"] = time.monotonic() - started
+    found["looks"] = len(looks)
+    try:
+        await root.ask_root(hangs.wait)
+    except SwapError as error:
+        found["refused"] = str(error)
+    hangs.set()
+    found["afterwards"] = [await desired.seen() for _ in range(3)]
+    found["looks afterwards"] = len(looks)
+    return found
+
+root.VectorRoot, root._ASK_SECONDS = Hanging, 0.2
+print("\\nRESULT", json.dumps(asyncio.run(ask())))
+"""
+
+
+def test_a_root_that_hangs_keeps_nobody_waiting():
+    """Probes of a second find a server ready; one look is outstanding, however many ask."""
+    done = subprocess.run(
+        [sys.executable, "-c", HANGS], capture_output=True, text=True, check=False,
+        env=environment(),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.rpartition("RESULT")[2])
+    assert found["seen"] == [None] * 4
+    assert found["seconds"] / 4 < 0.9
+    assert (found["looks"], found["looks afterwards"]) == (1, 3)
+    assert "vector root: expected an answer in 0.2 s, got none" in found["refused"]

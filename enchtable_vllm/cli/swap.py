@@ -128,4 +128,4 @@ def report(answer: Swapped, as_json: bool) -> None:
     if answer.paused_seconds is not None:
         say(f"generation paused for {answer.paused_seconds:.3f} s")
     if answer.outcome in ("swapped", "rolled_back") and not answer.persisted:
-        say("not persisted: a restart serves what the server was started with")
+        say("not persisted: a restart serves what the server's options, or current.json, name")

@@ -109,7 +109,6 @@ class Vector(Document):
     name: str
     digest: str | None = None
     planned: bool | None = None
-    beta: float | None = None
     active: bool = False
     fault: str | None = None
 

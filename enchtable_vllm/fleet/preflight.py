@@ -136,8 +136,7 @@ async def _listed(client: Client, wish: Wish, task: TaskModel) -> Goal | Refusal
         return Refusal(client.target.url, f"'{name}' cannot be used: {printable(found.fault)}")
     if not found.planned:
         return Refusal(client.target.url, _no_plan(name, task))
-    beta = wish.beta if wish.beta is not None else found.beta
-    return Goal(safety_vector=name, vector_digest=found.digest, beta=beta)
+    return Goal(safety_vector=name, vector_digest=found.digest, beta=wish.beta)
 
 
 def _no_plan(name: str, task: TaskModel) -> str:

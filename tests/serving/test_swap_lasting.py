@@ -31,6 +31,11 @@ def test_swap_kill_restart_and_a_second_server(root, tmp_path):
         answer = server.swap("sv-b", persist=True)[1]  # already served: only written
         assert (answer["outcome"], answer["persisted"]) == ("unchanged", True)
         assert current(root)["safety_vector"] == "sv-b"
+        assert server.status()["as_desired"] is True
+        server.swapped("sv-b", beta=0.7)  # the root names the plan's own
+        assert (server.status()["as_desired"], current(root)["beta"]) == (False, None)
+        server.swapped("sv-b")
+        assert server.status()["as_desired"] is True
         server.swapped("sv-a", persist=True)
         assert server.rollback()[1]["persisted"] is True  # goes back to what was written before
         assert (current(root)["safety_vector"], current(root)["version"]) == ("sv-b", 3)

@@ -48,9 +48,11 @@ def describe_active(active: Active) -> dict[str, Any]:
         **active.identity,
     }
     if report is None:
-        return found | {"norm_scale": None, "merged": 0, "kept": None, "filtered": 0, "refused": 0}
+        nothing = {"merged": 0, "kept": None, "filtered": 0, "refused": 0}
+        return found | {"plan_beta": None, "norm_scale": None, **nothing}
     total, resolved = report.total, report.resolved
     return found | {
+        "plan_beta": resolved.plan.beta,
         "norm_scale": resolved.norm_scale,
         "merged": len(report.effects),
         "kept": len(resolved.plan.tensors) - len(report.effects) - report.filtered,

@@ -17,6 +17,7 @@ from enchtable_vllm.serving.swap.describe import describe_error
 from enchtable_vllm.serving.swap.errors import SwapError
 from enchtable_vllm.serving.swap.rank import WORKER_METHOD
 from enchtable_vllm.serving.swap.request import RollbackRequest, SwapRequest
+from enchtable_vllm.serving.swap.root import Desired, ask_root
 from enchtable_vllm.serving.swap.transaction import Transaction
 from enchtable_vllm.signing import open_signed
 
@@ -32,8 +33,6 @@ _NOT_AS_THEY_SHOULD_BE = (
     "MismatchError",
     "SignatureError",
 )
-#: How long the vector root may take to say what is desired.
-_ROOT_SECONDS = 5.0
 #: How often the root's ``current.json`` and the other API servers' swaps are looked for.
 _WATCH_SECONDS = 5.0
 #: Of a vector in the list: what is null until it has been read.
@@ -71,6 +70,7 @@ class SwapService:
         self._engines = engines
         self._observer = observer
         self._root_path = config.vector_root
+        self._desired = Desired(config.vector_root)
         self._allowed = config.allowed_repositories
         self._required = config.require_signature
         self._plans_itself = config.base_model is not None
@@ -117,7 +117,7 @@ class SwapService:
                 f"engine: expected an answer in {_ANSWER_SECONDS:g} s, got none",
                 "It is busy or stuck: ask again, and restart it if that lasts.",
             ) from error
-        status = self._combined(answers, paused, await self._desired())
+        status = self._combined(answers, paused, await self._desired.seen())
         self._version = status["weight_version"]
         self._observer.serving(status)
         for engine in status["engines"]:
@@ -165,7 +165,7 @@ class SwapService:
         return {"engines": [[rank["digest"] for rank in engine] for engine in answers]}
 
     async def _change(self, request: SwapRequest | RollbackRequest) -> dict[str, Any]:
-        transaction = Transaction(self._engines, request, await asyncio.to_thread(self._root))
+        transaction = Transaction(self._engines, request, await ask_root(self._root))
         try:
             with span("enchtable.swap") as found:
                 try:
@@ -237,27 +237,6 @@ class SwapService:
             return None if self._root_path is None else VectorRoot(self._root_path)
         except EnchTableError as error:
             raise SwapError.of(describe_error(error)) from error
-
-    async def _desired(self) -> dict[str, Any] | None:
-        """What the root names; a root that does not answer keeps nobody waiting."""
-        try:
-            async with asyncio.timeout(_ROOT_SECONDS):
-                return await asyncio.to_thread(self._read_desired)
-        except TimeoutError:
-            _log.warning("vector root '%s' does not answer", self._root_path)
-            return None
-
-    def _read_desired(self) -> dict[str, Any] | None:
-        if self._root_path is None:
-            return None
-        try:
-            current = VectorRoot(self._root_path).current()
-        except EnchTableError as error:
-            _log.warning("%s", error)
-            return None
-        if current is None:
-            return None
-        return current.model_dump(include={"safety_vector", "beta", "version"})
 
     async def _ask_status(self) -> list[list[dict[str, Any]]]:
         return await self._engines.call(WORKER_METHOD, "status", {"detail": True})
@@ -344,6 +323,6 @@ def _of_rank(rank: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_as_desired(active: dict[str, Any], desired: dict[str, Any]) -> bool:
-    """Name and, where the root names one, β."""
-    same = active["safety_vector"] == desired["safety_vector"]
-    return bool(same and desired["beta"] in (None, active["beta"]))
+    """Name and β; where the root names none, the plan's own."""
+    beta = active["plan_beta"] if desired["beta"] is None else desired["beta"]
+    return (active["safety_vector"], active["beta"]) == (desired["safety_vector"], beta)

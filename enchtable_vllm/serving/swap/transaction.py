@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Any, NoReturn
 
@@ -22,6 +22,7 @@ from enchtable_vllm.serving.swap.persist import Persistence
 from enchtable_vllm.serving.swap.rank import LEASE_SECONDS, WORKER_METHOD
 from enchtable_vllm.serving.swap.record import Record
 from enchtable_vllm.serving.swap.request import RollbackRequest, SwapRequest
+from enchtable_vllm.serving.swap.root import ask_root
 
 _log = compat.logger("swap")
 
@@ -44,7 +45,6 @@ class Transaction:
         engines: All engines.
         request: What is asked for.
         root: The server's vector root, if it has one.
-        on_phase: Told of each phase as it begins.
     """
 
     def __init__(
@@ -52,13 +52,11 @@ class Transaction:
         engines: compat_swap.Engines,
         request: SwapRequest | RollbackRequest,
         root: VectorRoot | None,
-        on_phase: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._engines = engines
         self._request = request
         self._swap = request if isinstance(request, SwapRequest) else None
         self._owner = secrets.token_hex(16)
-        self._on_phase = on_phase
         self._began = time.perf_counter()
         self._before: dict[str, Any] = {}
         self._persistence = Persistence(root, self._swap)
@@ -111,7 +109,7 @@ class Transaction:
             keeping.cancel()
 
     async def _begin(self) -> None:
-        self._persistence.refuse_unwritable()
+        await ask_root(self._persistence.refuse_unwritable)
         started = {"owner": self._owner, "expected_epoch": self._request.expected_epoch}
         refusal = await self._take_lock(started)
         if refusal and refusal["code"] == "interrupted":
@@ -185,14 +183,14 @@ class Transaction:
             return result | {"outcome": "unchanged"}
         paused_at = await self._pause()
         try:
-            self._enter("commit")
+            self.record.phase = "commit"
             self._half_way = True
             committed = await self._call("commit")
             if all(map(_lost_lock, committed)):
                 self._half_way = False
                 raise _LockLost
             _check_put_in(committed, polled["new_digest"])
-            self._enter("publish")
+            self.record.phase = "publish"
             result["persisted"] = await self._persist()
             await self._engines.set_version(polled["weight_version"])
             persisted = self._persistence.overwritten if self._swap else None
@@ -216,13 +214,12 @@ class Transaction:
         }
 
     async def _persist(self) -> bool:
-        return await asyncio.to_thread(
-            self._persistence.write, self.record.source, self._before["persisted_before"]
-        )
+        before = self._before["persisted_before"]
+        return await ask_root(self._persistence.write, self.record.source, before)
 
     async def _stage(self) -> dict[str, Any]:
         """What every rank is ready to put in, as the first tells it."""
-        self._enter("stage")
+        self.record.phase = "stage"
         swap = self._swap
         asked = {
             "safety_vector": swap.safety_vector if swap else None,
@@ -258,7 +255,7 @@ class Transaction:
         return ranks[0]
 
     async def _pause(self) -> float:
-        self._enter("pause")
+        self.record.phase = "pause"
         if await self._engines.is_paused():
             raise SwapError(
                 "paused_by_another",
@@ -288,9 +285,11 @@ class Transaction:
         """Every rank back to its old tensors; raises whatever comes of it."""
         _log.error("swap failed (%s); every rank goes back", failure)
         try:
-            _check_put_in(await self._call("restore"), old_digest)
-            await self._engines.set_version(self._before["weight_version"])
-            await asyncio.to_thread(self._persistence.undo)
+            try:
+                _check_put_in(await self._call("restore"), old_digest)
+                await self._engines.set_version(self._before["weight_version"])
+            finally:  # else a restart, or a swap that begins by going back, would find it
+                await ask_root(self._persistence.undo)
             self._half_way = False
         except Exception as error:
             await self._give_up(
@@ -343,10 +342,6 @@ class Transaction:
     async def _call(self, command: str, **arguments: Any) -> Answers:
         told = {"owner": self._owner, **arguments}
         return _flat(await self._engines.call(WORKER_METHOD, command, told))
-
-    def _enter(self, phase: str) -> None:
-        self.record.phase = phase
-        self._on_phase(phase)
 
 
 class _CommitFailed(Exception):
