@@ -18,7 +18,8 @@ setup: $(READY) ## Make .venv.
 
 $(GPU_READY): pyproject.toml
 	@python3 -m venv --system-site-packages $(GPU_VENV)
-	@$(GPU_VENV)/bin/python -m pip install --quiet torch pytest pytest-timeout --editable '.[distill]'
+	@$(GPU_VENV)/bin/python -m pip install --quiet torch pytest pytest-timeout \
+	    openai prometheus-client --editable '.[distill]'
 	@touch $@
 
 system-deps: ## Install what the tests need from the system: Debian's prometheus and chromium.
@@ -46,8 +47,8 @@ bench: $(READY) ## Measure all that needs no GPU, 30 minutes, 45 on a slow CPU; 
 bench-gpu: $(GPU_READY) ## Measure all that needs a CUDA device, in that environment; without one it says so.
 	@$(GPU_VENV)/bin/python -m benchmarks run --device cuda $(if $(FULL),--full); \
 	    code=$$?; \
-	    $(GPU_VENV)/bin/python -m benchmarks tables; \
-	    $(GPU_VENV)/bin/python -m benchmarks plot; exit $$code
+	    { $(GPU_VENV)/bin/python -m benchmarks tables && \
+	    $(GPU_VENV)/bin/python -m benchmarks plot; } && exit $$code
 
 bench-plan: $(READY) ## Measure planning against the algorithm as published. FULL=1
 	@$(BIN)/python -m benchmarks run plan $(if $(FULL),--full)

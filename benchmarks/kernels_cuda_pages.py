@@ -58,7 +58,7 @@ def targets(rows: Sequence[Row]) -> Iterator[tuple[str, Target]]:
 def bounds(rows: list[Row]) -> Iterator[str]:
     """What is promised of the addition on a GPU and was missed."""
     for variant, target in targets(rows):
-        if not target.kept:
+        if target.kept is False:
             yield f"{variant}: {target.missed}"
 
 

@@ -113,9 +113,12 @@ def run_in_vllm(case: Case, call: Callable[..., Any], *arguments: Any) -> Any:
 def verify_bits(worker: Any, case: Case) -> None:
     """What is loaded equals, bit for bit, what plain vLLM loads of the offline merge.
 
+    What plain vLLM loads of the task model is loaded, too: all that is timed has been done once.
+
     Raises:
         NotVerified: It does not.
     """
+    _weights(worker, *_loader(worker, case.task, None))
     for stored in case.vectors:
         served = _weights(worker, *_loader(worker, case.task, case.extra(stored)))
         expected = dict(
@@ -132,25 +135,29 @@ def verify_bits(worker: Any, case: Case) -> None:
 
 
 def measure_loads(worker: Any, case: Case, plan: Plan) -> Found:
-    """Readings of each provider, cache and number of threads, interleaved."""
+    """Readings of each provider, cache and number of threads, interleaved.
+
+    Raises:
+        NotVerified: What is loaded is wrong.
+    """
+    verify_bits(worker, case)  # and warms caches, allocators and the compiled loop
     found: Found = {}
     before = torch.get_num_threads()
     for threads in plan.threads:
         torch.set_num_threads(threads)
         for cache, rounds in plan.rounds.items():
-            for round_ in range(rounds + 1 if rounds else 0):
+            for round_ in range(rounds):
                 for provider in rotated(case.providers(), round_):
-                    if provider == MERGED and round_ > _MERGES:
+                    if provider == MERGED and round_ >= _MERGES:
                         continue
                     if cache == "cold":
                         evict([case.task, *(path for path, _ in case.vectors.values())])
                     readings = _readings(worker, case, provider)
-                    if round_:  # the first warms caches, allocators and the compiled loop
-                        kept = found.setdefault(
-                            (provider, cache, threads), {name: [] for name in _READINGS}
-                        )
-                        for name in _READINGS:
-                            kept[name].append(readings[name])
+                    kept = found.setdefault(
+                        (provider, cache, threads), {name: [] for name in _READINGS}
+                    )
+                    for name in _READINGS:
+                        kept[name].append(readings[name])
     torch.set_num_threads(before)
     return found
 

@@ -51,7 +51,7 @@ class Options(BaseOptions):
         description="of matrices, rows x columns",
     )
     spectra: tuple[str, ...] = Field(default=("flat", "decaying"), description="of random deltas")
-    rounds: int = Field(default=3, ge=1, description="how often each is timed")
+    rounds: int = Field(default=3, ge=1, description="how often each is timed; small ones thrice")
     layers: int = Field(default=10, description="of the random model; 0: no whole model")
     hidden: int = Field(default=576, description="its width")
     task_model: Path | None = Field(default=None, description="instead of the random model")
@@ -149,14 +149,15 @@ def measure(options: Options) -> Iterator[Row]:
     with workers(options.jobs) as pool:
         torch.set_num_threads(options.threads)
         for shape, spectrum in options.pairs():
-            pair = Pair(shape, spectrum, pool)
+            pair, fast = Pair(shape, spectrum, pool), min(shape) < ORACLE_SIDE
             seconds = interleaved(
                 {
                     PEER: pair.published,
                     "cold": _several(pool, pair.cold, options.jobs),
                     "cached": _several(pool, pair.cached, options.jobs),
                 },
-                options.rounds,
+                options.rounds * (3 if fast else 1),
+                warm_up=fast,  # what takes seconds needs none
             )
             for name, values in seconds.items():
                 share = 1 if name == PEER else options.jobs

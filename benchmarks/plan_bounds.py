@@ -26,7 +26,7 @@ def targets(rows: Sequence[Row]) -> Iterator[tuple[Row, Target]]:
 def bounds(rows: list[Row]) -> Iterator[str]:
     """What is promised of planning and was missed."""
     for row, target in targets(rows):
-        if not target.kept:
+        if target.kept is False:
             yield f"{row.provider}, {row.shape}: {target.missed}"
 
 

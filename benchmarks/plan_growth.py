@@ -132,6 +132,8 @@ def growth(rows: Sequence[Row]) -> Iterator[Row]:
     """Modelled rows, one for each model, scope and provider."""
     for provider in dict.fromkeys(one.provider for one in rows):
         pace = Pace.of(rows, provider)
+        if provider in _OURS:  # reading and digesting is the same work for both
+            pace = pace.with_besides_of(Pace.of(rows, "cached"))
         for model in GROWING if pace.pairs else ():
             for scope, shapes in (("attention", model.attention()), (WHOLE, _whole(model))):
                 yield row(

@@ -186,7 +186,7 @@ def under_load(server: Server) -> Iterator[Load]:
         with httpx.Client(base_url=server.url, timeout=120) as http:
             while not ended.is_set():
                 with _failures(seen, ended):
-                    _listen(http, _question(server, 0), seen)
+                    _listen(http, _question(server, 0), seen, ended)
 
     threads = [threading.Thread(target=ask, args=(client,)) for client in range(CLIENTS)]
     threads.append(threading.Thread(target=listen))
@@ -212,12 +212,16 @@ def _ask(http: httpx.Client, question: dict[str, Any], seen: Load) -> None:
     seen.answers += 1
 
 
-def _listen(http: httpx.Client, question: dict[str, Any], seen: Load) -> None:
+def _listen(
+    http: httpx.Client, question: dict[str, Any], seen: Load, over: threading.Event
+) -> None:
     question |= {"max_tokens": 256, "stream": True}
     last = {}
     with http.stream("POST", "/v1/completions", json=question) as answer:
         answer.raise_for_status()
         for line in answer.iter_lines():
+            if over.is_set():
+                return  # nobody waits for the rest
             if line.startswith("data: {"):
                 seen.heard.append(time.perf_counter())
                 last = json.loads(line.removeprefix("data: "))

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.harness import NotVerified
+from benchmarks.served import ONE_PROCESS
 
 QUANTILES = ("50", "95", "99")
 #: vLLM's name → the field's.
@@ -112,8 +113,8 @@ def offline(kind: Offline, model: Path, ask: Ask, engine: Sequence[str], scratch
     output = scratch / "report.json"
     own = {
         "latency": ["--input-len", str(ask.prompt_tokens), "--output-len", str(ask.output_tokens),
-                    "--batch-size", str(ask.clients), "--num-iters-warmup", "3", "--num-iters",
-                    str(ask.requests)],
+                    "--batch-size", str(ask.clients), "--num-iters-warmup", "1", "--num-iters",
+                    str(ask.requests // 2)],
         # What is random has lengths of its own there, whose defaults come before the others.
         "throughput": ["--dataset-name", "random", "--num-prompts", str(ask.requests),
                        "--random-input-len", str(ask.prompt_tokens), "--random-output-len",
@@ -124,10 +125,10 @@ def offline(kind: Offline, model: Path, ask: Ask, engine: Sequence[str], scratch
         *own[kind], *engine, "--output-json", str(output),
     ]  # fmt: skip
     plugins = "enchtable" if "enchtable" in engine else ""
-    environment = {"VLLM_PLUGINS": plugins, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    environment = {**ONE_PROCESS, "VLLM_PLUGINS": plugins, "VLLM_CPU_KVCACHE_SPACE": "1"}
     done = subprocess.run(
         command, capture_output=True, text=True, check=False,
-        env={**os.environ, **environment, "DO_NOT_TRACK": "1"},
+        env={**os.environ, **environment, "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"},
     )  # fmt: skip
     if done.returncode:
         got = (done.stdout + done.stderr)[-3000:]

@@ -253,6 +253,25 @@ def test_what_a_whole_model_took_besides_is_added_by_the_parameter(provider, rea
     assert added == pytest.approx(3.0 * parameters / itself.parameters, rel=1e-6)
 
 
+def test_cold_and_cached_take_the_same_besides():
+    """Of the two differences that of the cached plan has the less noise."""
+    rows = [
+        row("plan", way, f"{shape} decaying", "fp32", [pair])
+        for way, pair in (("cold", 1.0), ("cached", 0.5))
+        for shape in ("24x72", "72x72", "72x192")
+    ]
+    for way, whole in (("cold", 13.0), ("cached", 10.0)):  # of cold, pairs alone are 14 s
+        rows.append(row("plan", way, "model of 2 layers, 72 wide", "fp32", [whole]))
+    found = {(one.provider, one.shape): one.p50 for one in growth(rows)}
+    name = f"{LLAMA_8B.name}, attention"
+    paces = {way: Pace.of(rows, way) for way in ("cold", "cached")}
+    besides = paces["cached"].besides_each * LLAMA_8B.parameters
+    assert besides > 0
+    for way, pace in paces.items():
+        alone = pace.all_pairs(LLAMA_8B.attention())
+        assert found[way, name] == pytest.approx(alone + besides)
+
+
 def test_what_is_modelled_says_so():
     rows = [row("plan", p, "192x576 decaying", "fp32", [0.5]) for p in ("peer", "cold", "cached")]
     found = list(growth(rows))
@@ -285,7 +304,6 @@ MIB = 2**20
         ("load_weights", f"{LARGE}, warm, 2 threads", "time", 1.0, 1.09, 1.11),
         ("load_weights", f"{SMALL}, cold, 2 threads", "time", 1.0, 9.0, None),
         ("load_model", f"{SMALL}, warm, 2 threads", "time", 1.0, 9.0, None),
-        ("api_ready", f"{SMALL}, 1 rank", "time", 20.0, 20.3, 20.5),
         # The embedding is the largest tensor: 49152 x 576 and 128256 x 2048, two bytes each.
         ("load_weights", f"{SMALL}, cold, 2 threads", "peak", 9 * MIB, 116 * MIB, 118 * MIB),
         ("load_weights", f"{LARGE}, warm, 2 threads", "peak", 9 * MIB, 1010 * MIB, 1012 * MIB),
@@ -309,6 +327,21 @@ def test_what_is_promised_of_loading(op, shape, metric, auto, kept, missed):
         (words,), judged = found(missed)
         assert "promised ≤" in words
         assert judged == [False]
+
+
+@pytest.mark.parametrize(
+    ("starts", "kept"),
+    [([20.5], None), ([19.0, 20.0, 23.0], None), ([20.3] * 5, True), ([20.5] * 5, False)],
+)
+def test_starts_that_differ_by_more_than_is_promised_decide_nothing(starts, kept):
+    rows = [
+        row("api_ready", provider, f"{SMALL}, 1 rank", "bf16", seconds)
+        for provider, seconds in (("auto", [20.0] * len(starts)), ("enchtable bf16", starts))
+    ]
+    ((_, target),) = targets(rows)
+    assert target.kept is kept
+    assert len(list(load.bounds(rows))) == (kept is False)
+    assert str(target) == "≤ 1.02×" + {None: ": undecided", True: "", False: ": **missed**"}[kept]
 
 
 @pytest.mark.parametrize("spectrum", ["flat", "decaying"])

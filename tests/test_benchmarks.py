@@ -331,3 +331,17 @@ def test_what_is_measured_on_a_gpu(name, providers):
     done = python("run", name, "--quick", "--json")
     assert done.returncode == 0, done.stdout + done.stderr
     assert {one["provider"] for one in json.loads(done.stdout)} >= providers
+
+
+def test_tables_are_written_where_there_is_no_vllm():
+    """As in the environment for a GPU: a page has tables of every benchmark."""
+    program = (
+        "import sys; sys.modules['vllm'] = None\n"
+        "from benchmarks.harness.registry import REGISTRY\n"
+        "print(sum(len(one.shown('TABLES')) for one in REGISTRY))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) >= 10

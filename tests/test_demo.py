@@ -114,12 +114,14 @@ def test_a_server_that_does_not_come_up_shows_the_end_of_its_log(tmp_path):
 def test_what_is_measured_was_not_trained_on(tmp_path):
     (tmp_path / "harmbench").mkdir()
     (tmp_path / "harmbench" / "harmbench_prompts.txt").write_text("hb0\nhb1\n")
+    (tmp_path / "labelled").mkdir()
     story = Story()
     learned = data.arithmetic_problems(story.problems + HELD_OUT, seed=7)
     cast = Cast(*[tmp_path] * 4, unsafe=["u0"], problems=learned[-HELD_OUT:], harmless=[])
     words = write_sets(tmp_path / "asked", tmp_path, cast, story)
     files = [word.removeprefix("gsm8k=") for word in words if not word.startswith("--")]
-    first, second, harmless, problems = map(Path, files)
+    first, second, harmless, problems, labelled = map(Path, files)
+    assert labelled == tmp_path / "labelled" / "refusal.csv"
     assert [p.text for p in read_prompts(first).prompts] == ["u0"]
     assert [p.text for p in read_prompts(second).prompts] == ["hb0", "hb1"]
     asked = {p.text for p in read_prompts(harmless).prompts}

@@ -50,8 +50,9 @@ def packages(tmp_path):
             yaml.safe_dump({"conversations": [["Is this a question?", "Yes"], ["Well", "Well"]]})
         ],
         "pyrit/adv_bench.prompt": [
-            yaml.safe_dump({"seeds": [{"value": "ab0 "}, {"value": "ab1"}]})
+            yaml.safe_dump({"seeds": [{"value": value} for value in ("ab0 ", "ab1", "hb3")]})
         ],
+        "labelled/refusal.csv": ["text,label"],
     }
     for name, rows in lines.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -64,7 +65,8 @@ def test_what_is_tried_was_not_taught(packages, tmp_path):
     tried = material.tried(packages, tmp_path / "tried", TRAINED, 1300, 50)
     harmful = {*taught.refused, *taught.complied}
     assert len(harmful) == len(taught.refused) + len(taught.complied) == 50
-    assert not harmful & {p.text for path in tried.safety for p in read_prompts(path).prompts}
+    assert {p.text for p in read_prompts(*tried.safety).prompts} == {"ab0", "ab1"}  # not "hb3"
+    assert "hb3" in harmful
     assert "Is this a question?" in taught.everyday
     assert "Well" not in taught.everyday
     assert "What is in BoolQ dev.jsonl number 8?" in taught.everyday
@@ -281,6 +283,9 @@ def test_without_a_beta_within_the_budget_the_safest_is_tested_and_named_so():
         steps = (step(None, 0), step(0.5, 30), step(0.9, 20), step(1.2, 20))
 
     assert chosen(Tuned) == (0.9, False)
+    unread = step(0.3, 0).model_copy(update={"worst": Rate.make(99, 100)})
+    Tuned.steps = (*Tuned.steps, unread)
+    assert chosen(Tuned) == (0.9, False)
     Tuned.proposed = 0.5
     assert chosen(Tuned) == (0.5, True)
 
@@ -293,6 +298,9 @@ def test_the_smallest_beta_that_reaches_the_aim_is_found_or_none():
     class Tuned:
         steps = (step(None, 80), step(0.3, 20), step(0.9, 0), step(0.5, 8), step(0.7, 9))
 
+    assert reaching(Tuned, 0.1) == 0.5
+    unread = step(0.1, 0).model_copy(update={"worst": Rate.make(99, 100)})
+    Tuned.steps = (*Tuned.steps, unread)
     assert reaching(Tuned, 0.1) == 0.5
     assert reaching(Tuned, 0.0) == 0.9
     Tuned.steps = Tuned.steps[:2]

@@ -36,8 +36,9 @@ def paired_ratio(
             by is more than what pairs do.
 
     Returns:
-        With its 95% interval: a percentile bootstrap that draws blocks, and in each its pairs,
-        which makes it rather too wide than too narrow; without one where either are too few.
+        With its 95% interval: a percentile bootstrap that draws blocks, and in each its pairs;
+        of few blocks it is too narrow, as drawing few always is: of five it holds the ratio nine
+        times in ten, of two seven. Without one where either are too few.
     """
     ratios = np.log(np.asarray(ours) / np.asarray(theirs)).reshape(blocks, -1)
     value = float(np.exp(_middle(ratios.reshape(-1))))

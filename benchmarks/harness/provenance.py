@@ -70,14 +70,21 @@ def _processor() -> str:
 
 
 def versions() -> str:
-    """Of Python and of what does the work."""
+    """Of Python and of what does the work, and how the system gives memory."""
     found = [f"python={platform.python_version()}"]
     for package in _PACKAGES:
         try:
             found.append(f"{package}={version(package)}")
         except PackageNotFoundError:
             continue
-    return " ".join(found)
+    return " ".join([*found, *_large_pages()])
+
+
+def _large_pages() -> list[str]:
+    """Whether processes get memory in pages of 2 MiB: always, where they ask (madvise), never."""
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    chosen = re.search(r"\[(\w+)\]", setting.read_text()) if setting.exists() else None
+    return [f"large-pages={chosen[1]}"] if chosen else []
 
 
 def git_sha() -> str:

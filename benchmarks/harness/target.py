@@ -12,17 +12,18 @@ class Target:
 
     Attributes:
         promised: The bound, in short.
-        kept: Whether the figure is within it.
+        kept: Whether the figure is within it; None: there are too few to tell.
         found: The figure, and what else a reader should know where it is not.
     """
 
     promised: str
-    kept: bool
+    kept: bool | None
     found: str
 
     def __str__(self) -> str:
         """For tables."""
-        return self.promised if self.kept else f"{self.promised}: **missed**"
+        outcome = {True: "", False: ": **missed**", None: ": undecided"}[self.kept]
+        return f"{self.promised}{outcome}"
 
     @property
     def missed(self) -> str:
@@ -37,5 +38,6 @@ def cell(targets: Iterable[Target]) -> str:
 
 def tally(targets: Sequence[Target]) -> str:
     """For the note below a table."""
-    missed = sum(not target.kept for target in targets)
-    return f"Targets missed: {missed} of {len(targets)}." if targets else ""
+    kept = [target.kept for target in targets]
+    words = [f"Targets missed: {kept.count(False)} of {len(kept)}."] if kept else []
+    return " ".join(words + [f"Undecided: {kept.count(None)}."] * (None in kept))

