@@ -217,7 +217,8 @@ def test_an_adapter_is_the_nearest_of_its_rank(changed):
     assert torch.allclose(found, deltas["a.q_proj.weight"], atol=0.05)
 
 
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow  # and part of each run of the benchmark
+@pytest.mark.parametrize("compiled", [False, True])
 def test_a_merge_changes_values_and_nothing_else(tmp_path, compiled):
     """The first layer of the real small model, by real vLLM on both sides."""
     case = small_case(tmp_path / "case", 1)

@@ -206,7 +206,9 @@ def test_what_a_screen_reader_is_told(browser, page):
     assert len(ids) == len(set(ids))
 
 
-@pytest.mark.parametrize("how", WIDTHS)
+@pytest.mark.parametrize(
+    "how", [how if how == "light" else pytest.param(how, marks=pytest.mark.slow) for how in WIDTHS]
+)
 def test_axe_finds_nothing(browser, page, how):
     """Axe's rules for WCAG 2.1, A and AA, and its best practices, with all tables open."""
     pose(browser, page, how)

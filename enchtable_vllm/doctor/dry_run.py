@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from enchtable_vllm.checkpoint import Checkpoint, locate, nothing_downloaded, short
+from enchtable_vllm.checkpoint.files import is_there
 from enchtable_vllm.doctor.finding import Finding, Status
 from enchtable_vllm.errors import EnchTableError, NoPlanError
 from enchtable_vllm.plan import PLAN_FILE
@@ -82,7 +83,7 @@ def _look(question: Question) -> Iterator[Finding]:
         yield from _from_root(config, task, folder)
     elif config.base_model is not None:
         yield _computed(config, task)
-    elif config.merge_plan is not None or (folder / PLAN_FILE).is_file():
+    elif config.merge_plan is not None or is_there(folder / PLAN_FILE):
         yield _with_plan(config, open_task(config, str(folder), None, None))
     elif config.safety_vector is not None:
         yield _would_plan(task, None, SafetyVector.open(config.safety_vector))

@@ -1,14 +1,20 @@
 """Every damage through every consumer: a clear refusal, and nothing left behind."""
 
+import os
+
 import pytest
 from corpus import consumers, damaged_configs, damages
 from models import copy_family
 
+from enchtable_vllm.doctor.dry_run import Question, dry_run
 from enchtable_vllm.errors import ConfigError
 from enchtable_vllm.serving.config import LoaderConfig
 from enchtable_vllm.serving.prepare import prepare_model
 from enchtable_vllm.vector import SafetyVector
 from enchtable_vllm.vector.factor_files import verify_factors
+
+
+WHAT_IS_SERVED = {"vector", "plan", "masks", "task"}
 
 
 def parameters(chosen):
@@ -44,6 +50,34 @@ def test_factoring_leaves_a_damaged_vector_as_it_was(good, tmp_path, damage):
     assert message is not None
     assert consumers.well_formed(message), message
     assert consumers.files(family.vector) == before
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    "damage", list(parameters(d for d in damages.DAMAGES if d.artefact in WHAT_IS_SERVED))
+)
+def test_the_doctor_says_of_it_what_the_loader_does(good, tmp_path, damage):
+    """Before any weight is read: what a dry run takes, and what it refuses, with cause and cure."""
+    family = copy_family(good[damage.form].family, tmp_path / "family")
+    damage.apply(family)
+    before = consumers.files(family.task.parent)
+    model = str(family.task)
+    message, _ = consumers.refusal(
+        lambda: prepare_model(LoaderConfig.parse({}), model, None, None, device="cpu")
+    )
+    findings = dry_run(Question(model))
+    if not os.path.lexists(family.plan):  # there may be one to come: asked of a model alone
+        assert "neither a plan" in findings[-1].cause
+        return
+    failed = [finding for finding in findings if finding.status == "fail"]
+    assert len(failed) == (message is not None), (message, findings)
+    if message is not None:
+        (finding,) = failed
+        assert finding is findings[-1]
+        assert finding.cause
+        assert finding.cure
+        assert finding.found in message
+    assert consumers.files(family.task.parent) == before
 
 
 @pytest.mark.refuses("an unknown or ill-typed loader key")

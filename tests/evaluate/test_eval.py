@@ -144,7 +144,9 @@ def test_some_may_stay_without_an_answer_and_are_counted(sets, tmp_path):
     assert (result.failed, result.main.of) == (1, 7)
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "how", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGKILL]
+)
 def test_an_interrupted_run_goes_on_where_it_stopped(sets, tmp_path, how):
     output = tmp_path / "report"
     reached, go_on = threading.Event(), threading.Event()

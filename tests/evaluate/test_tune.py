@@ -158,7 +158,9 @@ def test_a_sweep_proposes_draws_and_gives_the_server_back(sets, tmp_path):
         assert "another set, sample, judge or setting" in error
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "how", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_an_interrupted_sweep_gives_the_server_back_and_goes_on(sets, tmp_path, how):
     output = tmp_path / "sweep"
     reached = threading.Event()

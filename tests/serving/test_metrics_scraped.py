@@ -105,6 +105,7 @@ def test_what_was_loaded_is_scraped_without_vllm_plugins(family, tmp_path, tempo
     assert not list(temporary.glob("enchtable-*"))
 
 
+@pytest.mark.slow
 def test_a_server_that_did_not_ask_shows_nothing_and_says_nothing(family, tmp_path):
     """The stat logger is made there too."""
     with Server(family.task, ARGUMENTS, tmp_path / "log", port=free_port()) as server:

@@ -137,6 +137,7 @@ def test_a_head_tied_to_its_embedding(tmp_path):
     assert walked["swapped"] == [plain["first"], merged["first"]]
 
 
+@pytest.mark.slow  # a rank that fails is in `test_swap_faults`, on two ranks too
 @pytest.mark.supports("swapping under tensor parallelism")
 def test_two_ranks(root, merged):
     two = {"tensor_parallel_size": 2, "enforce_eager": True}

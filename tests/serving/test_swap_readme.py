@@ -13,6 +13,7 @@ from pathlib import Path
 
 import httpx
 import live
+import pytest
 from prometheus import samples
 
 from enchtable_vllm.demo.server import Server, free_port
@@ -95,6 +96,7 @@ def test_each_command_does_what_it_says(root, tmp_path):
         assert current["safety_vector"] == "sv-other"
 
 
+@pytest.mark.slow
 def test_metrics_are_scraped_where_nobody_may_change_anything(family, tmp_path, monkeypatch):
     """No admin token: what would change something is not there."""
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
