@@ -10,6 +10,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from enchtable_vllm.cli.options import JsonOption
 from enchtable_vllm.cli.output import out, print_json, say, warn
 from enchtable_vllm.errors import printable
 from enchtable_vllm.evaluate.compare import KINDS, Comparison, Difference
@@ -28,7 +29,7 @@ def compare(
         Path | None,
         typer.Option("--output", "-o", help="Also write a page: a file of HTML."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Put evaluated models side by side, with paired significance.
 

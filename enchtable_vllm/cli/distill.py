@@ -11,8 +11,8 @@ from rich import box
 from rich.table import Table
 
 from enchtable_vllm.checkpoint import locate
+from enchtable_vllm.cli.options import JsonOption
 from enchtable_vllm.cli.output import errors, out, print_json, progress_bar, say, warn
-from enchtable_vllm.cli.vector import JsonOption
 from enchtable_vllm.distill.recipe import Attention, Linearize, Recipe
 from enchtable_vllm.errors import ConfigError, TrainingDataError, printable
 from enchtable_vllm.progress import Progress

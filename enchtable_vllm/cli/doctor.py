@@ -10,6 +10,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from enchtable_vllm.cli.options import JsonOption
 from enchtable_vllm.cli.output import out, print_json, say
 from enchtable_vllm.doctor import Finding, Status
 from enchtable_vllm.doctor.environment import check_environment
@@ -41,7 +42,7 @@ def doctor(
         str | None,
         typer.Option(help="Check this requirement: a public key, or the loader's JSON object."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Check this environment, and what a server would do with a model.
 

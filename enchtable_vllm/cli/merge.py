@@ -9,9 +9,8 @@ import torch
 import typer
 
 from enchtable_vllm.checkpoint import locate
-from enchtable_vllm.cli.options import check_device
+from enchtable_vllm.cli.options import JsonOption, check_device
 from enchtable_vllm.cli.output import print_json, progress_bar, say, warn
-from enchtable_vllm.cli.vector import JsonOption
 from enchtable_vllm.merge import merge_checkpoint
 from enchtable_vllm.merge.report import Rounding
 from enchtable_vllm.plan import open_masks, read_plan, resolve_plan

@@ -17,6 +17,7 @@ JobsOption = Annotated[
     ),
 ]
 DeviceOption = Annotated[str, typer.Option(help="Where the linear algebra runs: cpu, cuda.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
 
 def check_device(name: str) -> str:

@@ -15,9 +15,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from enchtable_vllm.checkpoint import FileTransaction, Location, locate
-from enchtable_vllm.cli.options import DeviceOption, JobsOption, check_device
+from enchtable_vllm.cli.options import DeviceOption, JobsOption, JsonOption, check_device
 from enchtable_vllm.cli.output import errors, out, print_json, progress_bar, say, warn
-from enchtable_vllm.cli.vector import JsonOption
 from enchtable_vllm.errors import ConfigError
 from enchtable_vllm.merge.report import outcome_warnings
 from enchtable_vllm.plan import (

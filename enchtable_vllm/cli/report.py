@@ -16,8 +16,8 @@ from enchtable_vllm.cli.fleet_options import (
     CaOption,
     one_target,
 )
+from enchtable_vllm.cli.options import JsonOption
 from enchtable_vllm.cli.output import print_json, say, warn
-from enchtable_vllm.cli.vector import JsonOption
 from enchtable_vllm.errors import ConfigError
 from enchtable_vllm.plan import PLAN_FILE, read_plan, resolve_plan
 from enchtable_vllm.report import collect, report_page

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from enchtable_vllm.checkpoint import Location, locate, short
+from enchtable_vllm.cli.options import JsonOption
 from enchtable_vllm.cli.output import out, print_json, progress_bar, say
 from enchtable_vllm.errors import ConfigError
 from enchtable_vllm.signing import SIGNATURE_FILE, check_folder, parse_requirement, read_signature
@@ -56,7 +57,7 @@ def sign(
     trust_config: Annotated[
         Path | None, typer.Option(help="Of a Sigstore of your own.", show_default=False)
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Sign a vector's folder, its plans with it, for servers that demand it.
 

@@ -13,7 +13,7 @@ from rich.table import Table
 from enchtable_vllm.checkpoint import locate, short
 from enchtable_vllm.checkpoint.files import read_json
 from enchtable_vllm.checkpoint.safetensors_file import stored_bytes
-from enchtable_vllm.cli.options import DeviceOption, JobsOption, check_device
+from enchtable_vllm.cli.options import DeviceOption, JobsOption, JsonOption, check_device
 from enchtable_vllm.cli.output import out, print_json, progress_bar, say, warn
 from enchtable_vllm.cli.sign import RequireSignatureOption, sign, signed_by
 from enchtable_vllm.errors import ConfigError, SafetyVectorError
@@ -29,7 +29,6 @@ app = typer.Typer(
 app.command()(sign)
 
 VectorArgument = Annotated[str, typer.Argument(help="Folder, or Hub id\\[@revision].")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 RankFraction = Annotated[float, typer.Option(help="γ of the plans that will use the factors.")]
 ShardGigabytes = Annotated[float, typer.Option(help="Larger files are sharded.", min=1e-6)]
 

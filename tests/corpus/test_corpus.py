@@ -13,7 +13,6 @@ from enchtable_vllm.serving.prepare import prepare_model
 from enchtable_vllm.vector import SafetyVector
 from enchtable_vllm.vector.factor_files import verify_factors
 
-
 WHAT_IS_SERVED = {"vector", "plan", "masks", "task"}
 
 
