@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from enchtable_vllm.checkpoint.files import open_regular
+from enchtable_vllm.files import open_regular
 
 #: What a tensor in a pickle may be → how safetensors calls it.
 DTYPES = {

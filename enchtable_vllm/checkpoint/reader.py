@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from enchtable_vllm.checkpoint.files import is_there, read_json
 from enchtable_vllm.checkpoint.layout import find_layout
 from enchtable_vllm.checkpoint.pickled import PickledFile
 from enchtable_vllm.checkpoint.quantized import refuse_quantized
 from enchtable_vllm.checkpoint.safetensors_file import SafetensorsFile
 from enchtable_vllm.errors import CheckpointError, summarize_faults
+from enchtable_vllm.files import is_there, read_json
 
 #: safetensors' dtype names, as torch's.
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}

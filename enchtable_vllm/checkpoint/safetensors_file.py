@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from enchtable_vllm.checkpoint.files import open_regular, parse_json
+from enchtable_vllm.files import open_regular, parse_json
 
 #: safetensors' dtype names, as torch's.
 STORED_DTYPES = {

@@ -11,12 +11,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from enchtable_vllm.checkpoint import locate, short
-from enchtable_vllm.checkpoint.files import read_json
 from enchtable_vllm.checkpoint.safetensors_file import stored_bytes
 from enchtable_vllm.cli.options import DeviceOption, JobsOption, JsonOption, check_device
 from enchtable_vllm.cli.output import out, print_json, progress_bar, say, warn
 from enchtable_vllm.cli.sign import RequireSignatureOption, sign, signed_by
 from enchtable_vllm.errors import ConfigError, SafetyVectorError
+from enchtable_vllm.files import read_json
 from enchtable_vllm.vector import SafetyVector, Scope, add_factors, build_vector
 from enchtable_vllm.vector.build import StoredDtype
 from enchtable_vllm.vector.factor_files import factor_bytes, verify_factors

@@ -7,7 +7,6 @@ A line is a JSON object with ``prompt`` and ``response``. Where rows also have `
 from __future__ import annotations
 
 import gzip
-import json
 import random
 import zlib
 from collections.abc import Iterable, Sequence
@@ -18,6 +17,7 @@ from typing import Any
 from blake3 import blake3
 
 from enchtable_vllm.errors import TrainingDataError, summarize_faults
+from enchtable_vllm.files import parse_json
 
 
 @dataclass(frozen=True)
@@ -203,17 +203,10 @@ def _parse(line: bytes) -> dict[str, Any] | str:
     if not line.strip():
         return "empty"
     try:
-        row = json.loads(line.decode("utf-8"), object_pairs_hook=_once)
-    except (ValueError, RecursionError) as error:  # a UnicodeDecodeError is a ValueError
+        row = parse_json(line)
+    except ValueError as error:
         return f"not JSON: {error}"
     return row if isinstance(row, dict) else f"a JSON {type(row).__name__}, not an object"
-
-
-def _once(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(items)
-    if len(made) < len(items):
-        raise ValueError("a key stands twice")
-    return made
 
 
 def _fault(row: dict[str, Any], labelled: bool) -> str | None:

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from enchtable_vllm.checkpoint import Checkpoint, locate, nothing_downloaded, short
-from enchtable_vllm.checkpoint.files import is_there
 from enchtable_vllm.doctor.finding import Finding, Status
 from enchtable_vllm.errors import EnchTableError, NoPlanError
+from enchtable_vllm.files import is_there
 from enchtable_vllm.plan import PLAN_FILE
 from enchtable_vllm.plan.classify import classify
 from enchtable_vllm.plan.vector_root import NO_VECTOR, VectorRoot

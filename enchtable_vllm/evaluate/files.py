@@ -6,7 +6,6 @@ Without torch, which `checkpoint` brings: comparing reports must not take its se
 from __future__ import annotations
 
 import gzip
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,9 +14,9 @@ from typing import Any
 
 from blake3 import blake3
 from filelock import FileLock, Timeout
-from pydantic_core import from_json
 
 from enchtable_vllm.errors import ConfigError
+from enchtable_vllm.files import parse_json
 
 _MAX_BYTES = 1_000_000_000
 
@@ -36,17 +35,6 @@ def read_bytes(path: Path) -> bytes:
     if len(data) > _MAX_BYTES:
         raise ValueError(f"more than {_MAX_BYTES:,} bytes")
     return data
-
-
-def parse_json(data: bytes) -> Any:
-    """What JSON says, if it says it once.
-
-    Raises:
-        ValueError: It is no JSON, nested too deeply, or holds a key twice in one object: of a
-            category that is there twice, one half would be lost in silence.
-    """
-    from_json(data)  # strict, and bounded in depth: the standard library's parser is neither
-    return json.loads(data, object_pairs_hook=_once)
 
 
 def parse_lines(data: bytes) -> list[tuple[int, Any]]:
@@ -121,12 +109,3 @@ def only_writer(output: Path, doing: str) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key '{twice}' twice in one object")
-    return found

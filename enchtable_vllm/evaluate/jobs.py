@@ -14,7 +14,7 @@ from anyio.to_thread import run_sync
 
 from enchtable_vllm.errors import ConfigError
 from enchtable_vllm.evaluate.faults import PromptSetError
-from enchtable_vllm.evaluate.files import digest_of, parse_json, parse_lines, read_bytes
+from enchtable_vllm.evaluate.files import digest_of, parse_lines, read_bytes
 from enchtable_vllm.evaluate.judge import Judge
 from enchtable_vllm.evaluate.prompts import PromptSet, prompt_id, read_prompts
 from enchtable_vllm.evaluate.refusals import refuses
@@ -22,6 +22,7 @@ from enchtable_vllm.evaluate.report import Kind, Verdict
 from enchtable_vllm.evaluate.sampling import Split, choose
 from enchtable_vllm.evaluate.sandbox import isolation
 from enchtable_vllm.evaluate.utility import Problem, gsm8k, humaneval, medmcqa, read_utility
+from enchtable_vllm.files import parse_json
 
 _MARK: dict[str, Callable[[Problem, str], Verdict]] = {
     "humaneval": humaneval.mark,

@@ -26,7 +26,8 @@ from blake3 import blake3
 
 from enchtable_vllm.errors import summarize_faults
 from enchtable_vllm.evaluate.faults import PromptSetError
-from enchtable_vllm.evaluate.files import digest_of, parse_json, parse_lines, read_bytes
+from enchtable_vllm.evaluate.files import digest_of, parse_lines, read_bytes
+from enchtable_vllm.files import parse_json
 
 Form = Literal["nested", "list", "records", "lines"]
 

@@ -13,8 +13,9 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from enchtable_vllm.evaluate.faults import ReportError
-from enchtable_vllm.evaluate.files import parse_json, read_bytes
+from enchtable_vllm.evaluate.files import read_bytes
 from enchtable_vllm.evaluate.statistics import wilson
+from enchtable_vllm.files import parse_json
 
 FORMAT_VERSION = 1
 REPORT_FILE = "report.json"

@@ -25,9 +25,9 @@ from enchtable_vllm.checkpoint import (
     local,
     sampled_fingerprint,
 )
-from enchtable_vllm.checkpoint.files import open_regular, refuse_link_out
 from enchtable_vllm.checkpoint.writer import write_index
 from enchtable_vllm.errors import CheckpointError
+from enchtable_vllm.files import open_regular, refuse_link_out
 from enchtable_vllm.merge.one import TensorMerge
 from enchtable_vllm.merge.report import MergeReport, Rounding
 from enchtable_vllm.merge.stream import MergeStream, check_rounding

@@ -11,8 +11,8 @@ from pathlib import Path
 from blake3 import blake3
 
 from enchtable_vllm.checkpoint import Checkpoint
-from enchtable_vllm.checkpoint.files import read_json
 from enchtable_vllm.errors import ConfigError, MergePlanError, MismatchError, summarize_faults
+from enchtable_vllm.files import read_json
 from enchtable_vllm.plan.merge_plan import MergePlan
 from enchtable_vllm.vector import SafetyVector, Scope, in_scope, narrows
 from enchtable_vllm.vector.safety_vector import describe_fault

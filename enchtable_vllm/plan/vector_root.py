@@ -17,13 +17,13 @@ from typing import Annotated
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from enchtable_vllm.checkpoint import FileTransaction
-from enchtable_vllm.checkpoint.files import is_there, read_json, refuse_link_out
 from enchtable_vllm.errors import (
     ConfigError,
     MergePlanError,
     NoPlanError,
     UnknownVectorError,
 )
+from enchtable_vllm.files import is_there, read_json, refuse_link_out
 from enchtable_vllm.vector.format import FormatVersion
 from enchtable_vllm.vector.safety_vector import describe_fault
 

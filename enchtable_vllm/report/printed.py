@@ -8,8 +8,8 @@ from typing import Annotated, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from enchtable_vllm.checkpoint.files import read_json
 from enchtable_vllm.errors import MergePlanError, MismatchError
+from enchtable_vllm.files import read_json
 from enchtable_vllm.plan import ResolvedPlan
 from enchtable_vllm.vector import Scope
 from enchtable_vllm.vector.safety_vector import describe_fault

@@ -17,8 +17,8 @@ from enchtable_vllm.checkpoint import (
     on_hub,
     sampled_fingerprint,
 )
-from enchtable_vllm.checkpoint.files import is_there
 from enchtable_vllm.errors import ConfigError, MergePlanError
+from enchtable_vllm.files import is_there
 from enchtable_vllm.merge.stream import check_rounding
 from enchtable_vllm.plan import (
     PLAN_FILE,

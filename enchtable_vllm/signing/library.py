@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from enchtable_vllm.checkpoint.files import open_regular
 from enchtable_vllm.errors import ConfigError, summarize_faults
+from enchtable_vllm.files import open_regular
 from enchtable_vllm.signing.requirement import (
     RequireCertificate,
     RequireKey,

@@ -18,8 +18,8 @@ from typing import Any
 from blake3 import blake3
 
 from enchtable_vllm.checkpoint import Location
-from enchtable_vllm.checkpoint.files import is_there, read_json
 from enchtable_vllm.errors import SignatureError
+from enchtable_vllm.files import is_there, read_json
 from enchtable_vllm.plan.vector_root import PLANS_FOLDER
 from enchtable_vllm.signing.library import NotVerifiedError, verifier
 from enchtable_vllm.signing.requirement import Requirement

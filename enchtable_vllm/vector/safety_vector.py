@@ -12,11 +12,11 @@ from blake3 import blake3
 from pydantic import ValidationError
 
 from enchtable_vllm.checkpoint import Checkpoint, Location, locate, tensor_digest
-from enchtable_vllm.checkpoint.files import is_there, read_json, refuse_link_out
 from enchtable_vllm.checkpoint.fingerprint import content_fingerprint
 from enchtable_vllm.checkpoint.norm import finite_norm
 from enchtable_vllm.checkpoint.safetensors_file import STORED_DTYPES
 from enchtable_vllm.errors import SafetyVectorError, summarize_faults
+from enchtable_vllm.files import is_there, read_json, refuse_link_out
 from enchtable_vllm.vector.delta import Delta
 from enchtable_vllm.vector.format import (
     FACTORS_FILE_STEM,

@@ -20,7 +20,7 @@ from corpus.seeds import (
 )
 from safetensors.torch import load_file, save_file
 
-from enchtable_vllm.checkpoint.files import MAX_JSON_BYTES
+from enchtable_vllm.files import MAX_JSON_BYTES
 
 CORRUPT = "CheckpointError: .*safetensors': expected a whole safetensors file.* fetch or write it"
 

@@ -29,7 +29,7 @@ def file(tmp_path, *lines):
         (b"", "empty"),
         (b"\xff{}", "not JSON"),
         pytest.param(b"[" * 100_000, "not JSON", id="nested"),
-        (b'{"prompt": "a", "prompt": "b", "response": "c"}', "stands twice"),
+        (b'{"prompt": "a", "prompt": "b", "response": "c"}', "twice in one object"),
         (["prompt", "response"], "a JSON list, not an object"),
         ({"prompt": "x"}, "no 'response'"),
         ({"response": "x"}, "no 'prompt'"),

@@ -24,11 +24,11 @@ from enchtable_vllm.checkpoint import (
     TensorHeader,
     sampled_fingerprint,
 )
-from enchtable_vllm.checkpoint.files import parse_json
 from enchtable_vllm.checkpoint.pickled import DTYPES as PICKLED
 from enchtable_vllm.checkpoint.safetensors_file import STORED_DTYPES
 from enchtable_vllm.checkpoint.writer import assign_shards, tensor_bytes, write_index
 from enchtable_vllm.errors import CheckpointError, EnchTableError
+from enchtable_vllm.files import parse_json
 from enchtable_vllm.plan import MergePlan, PlannedTensor, VectorReference, read_plan, resolve_plan
 from enchtable_vllm.plan.resolve import coefficient
 from enchtable_vllm.vector import (

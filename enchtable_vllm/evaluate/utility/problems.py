@@ -11,7 +11,8 @@ from typing import Any
 
 from enchtable_vllm.errors import ConfigError, summarize_faults
 from enchtable_vllm.evaluate.faults import PromptSetError
-from enchtable_vllm.evaluate.files import digest_of, parse_json, parse_lines, read_bytes
+from enchtable_vllm.evaluate.files import digest_of, parse_lines, read_bytes
+from enchtable_vllm.files import parse_json
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Opening files that may come from anywhere: never waits, never reads without a bound.
+"""Opening files that may come from anywhere: never waits, never reads without a bound; no torch.
 
 What is wrong is told as `OSError` or `ValueError`, in words that fit an error message's "got":
 the caller knows what the file is for, and what to do.
