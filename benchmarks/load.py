@@ -18,7 +18,7 @@ import functools
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -50,6 +50,9 @@ class Options(BaseOptions):
     threads: tuple[int, ...] = Field(
         default_factory=lambda: (torch.get_num_threads(),), description="torch's, one after another"
     )
+    memory: Literal["whole", "scattered"] = Field(
+        default="whole", description="how what is free lies before each load"
+    )
     starts: int = Field(default=1, description="how often each server starts; 0: none")
     start_all: bool = Field(default=False, description="int8 and merged to disk are served, too")
     ranks: tuple[int, ...] = Field(default=(1,), description="of those servers")
@@ -63,7 +66,8 @@ def verify(options: Options) -> None:
 
 def measure(options: Options) -> Iterator[Row]:
     """Seconds and peaks, inside one rank and from outside."""
-    plan = Plan({"warm": options.rounds, "cold": options.cold_rounds}, options.threads)
+    rounds = {"warm": options.rounds, "cold": options.cold_rounds}
+    plan = Plan(rounds, options.threads, options.memory == "whole")
     for which in options.models:
         case = load_cases.case(which, options.scratch / which)
         found: load_worker.Found = _apart(run_in_vllm, case, load_worker.measure_loads, plan)

@@ -84,10 +84,12 @@ class Plan:
     Attributes:
         rounds: How often, by state of the page cache: warm or cold.
         threads: How many torch may use, one after the other.
+        whole: Whether free memory is left in large pieces before each load, or in pages of 4 KiB.
     """
 
     rounds: Mapping[str, int]
     threads: tuple[int, ...]
+    whole: bool = True
 
 
 def run_in_vllm(case: Case, call: Callable[..., Any], *arguments: Any) -> Any:
@@ -152,7 +154,7 @@ def measure_loads(worker: Any, case: Case, plan: Plan) -> Found:
                         continue
                     if cache == "cold":
                         evict([case.task, *(path for path, _ in case.vectors.values())])
-                    readings = _readings(worker, case, provider)
+                    readings = _readings(worker, case, provider, plan.whole)
                     kept = found.setdefault(
                         (provider, cache, threads), {name: [] for name in _READINGS}
                     )
@@ -168,17 +170,17 @@ def rotated(providers: Sequence[str], number: int) -> list[str]:
     return [*providers[first:], *providers[:first]]
 
 
-def _readings(worker: Any, case: Case, provider: str) -> dict[str, float]:
+def _readings(worker: Any, case: Case, provider: str, whole: bool) -> dict[str, float]:
     if provider == AUTO:
-        return _load(worker, *_loader(worker, case.task, None))
+        return _load(worker, *_loader(worker, case.task, None), whole)
     if provider != MERGED:
         extra = case.extra(provider.removeprefix("enchtable "))
-        return _load(worker, *_loader(worker, case.task, extra))
+        return _load(worker, *_loader(worker, case.task, extra), whole)
     with _peak_of_anonymous_memory() as peak:
         started = time.perf_counter()
         merged = case.merge(next(iter(case.vectors)))
         seconds = time.perf_counter() - started
-    loaded = _load(worker, *_loader(worker, merged, None))
+    loaded = _load(worker, *_loader(worker, merged, None), whole)
     os.sync()  # what was written is not to be the next one's trouble
     return {
         "weights": seconds + loaded["weights"],
@@ -203,7 +205,7 @@ def _loader(worker: Any, model: Path, extra: dict[str, str] | None) -> tuple[Any
 
 
 @contextmanager
-def _configured(worker: Any, needed_bytes: int) -> Iterator[Any]:
+def _configured(worker: Any, needed_bytes: int, whole: bool = True) -> Iterator[Any]:
     from vllm.config import set_current_vllm_config
     from vllm.utils.torch_utils import set_default_torch_dtype
 
@@ -211,7 +213,7 @@ def _configured(worker: Any, needed_bytes: int) -> Iterator[Any]:
     worker.vllm_config.compilation_config.static_forward_context.clear()
     gc.collect()
     _forget_memory()
-    _have_memory(needed_bytes)
+    _have_memory(needed_bytes, whole)
     with set_current_vllm_config(worker.vllm_config), set_default_torch_dtype(torch.bfloat16):
         yield worker.vllm_config
 
@@ -229,14 +231,14 @@ def _forget_memory() -> None:
             libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), _MADV_NOHUGEPAGE)
 
 
-def _have_memory(nbytes: int) -> None:
+def _have_memory(nbytes: int, whole: bool) -> None:
     """Have the machine itself have as much: a virtual one gives what is free back to its host.
 
     (Free page reporting.) Whoever writes to such memory first waits for the host, ten times as
     long as for the machine's own system.
     """
     pages = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    pages.madvise(mmap.MADV_HUGEPAGE)
+    pages.madvise(mmap.MADV_HUGEPAGE if whole else _MADV_NOHUGEPAGE)
     torch.frombuffer(pages, dtype=torch.uint8).fill_(1)  # unmapped with the tensor
 
 
@@ -253,7 +255,7 @@ def _weights(worker: Any, loader: Any, model_config: Any) -> torch.nn.Module:
     return module
 
 
-def _load(worker: Any, loader: Any, model_config: Any) -> dict[str, float]:
+def _load(worker: Any, loader: Any, model_config: Any, whole: bool) -> dict[str, float]:
     """Seconds for weights and model, peak of anonymous memory while weights load, in bytes."""
     found = {}
     load_weights = loader.load_weights
@@ -266,7 +268,7 @@ def _load(worker: Any, loader: Any, model_config: Any) -> dict[str, float]:
         found["peak"] = peak[0]
 
     loader.load_weights = timed
-    with _configured(worker, _needed_bytes(model_config)) as vllm_config:
+    with _configured(worker, _needed_bytes(model_config), whole) as vllm_config:
         started = time.perf_counter()
         loader.load_model(vllm_config, model_config)
         found["model"] = time.perf_counter() - started
