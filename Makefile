@@ -46,9 +46,9 @@ bench: $(READY) ## Measure all that needs no GPU, 30 minutes, 45 on a slow CPU; 
 
 bench-gpu: $(GPU_READY) ## Measure all that needs a CUDA device, in that environment; without one it says so.
 	@$(GPU_VENV)/bin/python -m benchmarks run --device cuda $(if $(FULL),--full); \
-	    code=$$?; \
-	    { $(GPU_VENV)/bin/python -m benchmarks tables && \
-	    $(GPU_VENV)/bin/python -m benchmarks plot; } && exit $$code
+	    code=$$?; set -e; \
+	    $(GPU_VENV)/bin/python -m benchmarks tables; \
+	    $(GPU_VENV)/bin/python -m benchmarks plot; exit $$code
 
 bench-plan: $(READY) ## Measure planning against the algorithm as published. FULL=1
 	@$(BIN)/python -m benchmarks run plan $(if $(FULL),--full)

@@ -7,7 +7,7 @@ import pytest
 from docs_text import PAGES, ROOT, blocks
 from typer.main import get_command
 
-from benchmarks import commands, kernels_steps
+from benchmarks import commands, kernels_steps, swap
 from benchmarks.architectures import LLAMA_1B
 from benchmarks.harness import plot, row, tables
 from benchmarks.harness.results import Results
@@ -198,8 +198,25 @@ def test_a_page_says_which_target_was_missed(results):
 
 def test_lost_requests_are_shown_of_how_many(results):
     lines = str(tables.blocks()["swap"](results)).splitlines()
-    assert "| requests lost: 20 swaps | enchtable | 0 of 1,200 |  |" in lines
-    assert "| requests lost: 1 restart | restart | 110 of 200 |  |" in lines
+    assert "| requests lost: 20 swaps | enchtable | 0 of 1,200 |  |  |" in lines
+    assert "| requests lost: 1 restart | restart | 110 of 200 |  |  |" in lines
+
+
+def test_a_swaps_target_stands_beside_it(results):
+    table = str(tables.blocks()["swap"](results))
+    (line,) = [line for line in table.splitlines() if line.startswith("| swap: standing still | e")]
+    assert line.endswith("| ≤ 150 ms |")
+    assert "Targets missed: 0 of 1." in table
+    rows = [
+        dataclasses.replace(one, p50=0.3)
+        if (one.metric, one.provider) == ("standing still", "enchtable")
+        else one
+        for one in Results(results.folder).published("swap")
+    ]
+    write(results.folder, "swap", rows)
+    table = str(tables.blocks()["swap"](Results(results.folder)))
+    assert "| ≤ 150 ms: **missed** |" in table
+    assert list(swap.bounds(rows)) == ["paused 300 ms: promised ≤ 150 ms"]
 
 
 def test_what_the_compiler_made_is_in_columns(results):
