@@ -218,8 +218,6 @@ def _fault(row: dict[str, Any], labelled: bool) -> str | None:
             return f"'{key}' is no text but {type(value).__name__}"
         if not value.strip():
             return f"'{key}' is empty"
-        if any(0xD800 <= ord(c) < 0xE000 for c in value):
-            return f"'{key}' holds half a surrogate pair"
     if labelled and "is_safe" not in row:
         return "no 'is_safe', which other rows have"
     if labelled and not isinstance(row["is_safe"], bool):

@@ -37,7 +37,7 @@ def file(tmp_path, *lines):
         ({"prompt": "x", "response": ""}, "'response' is empty"),
         ({"prompt": 3, "response": "x"}, "'prompt' is no text but int"),
         ({"prompt": "x", "response": None}, "'response' is no text but NoneType"),
-        (b'{"prompt": "\\ud800", "response": "x"}', "half a surrogate pair"),
+        (b'{"prompt": "\\ud800", "response": "x"}', "unexpected end of hex escape"),
     ],
 )
 def test_a_bad_row_is_a_fault_with_its_line(tmp_path, row, reason):
