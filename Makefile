@@ -40,7 +40,7 @@ test-gpu: $(GPU_READY) ## Run the tests that need a CUDA device, in an environme
 test-slow: $(READY) ## Run the tests that take minutes.
 	@$(BIN)/python -m pytest -m slow
 
-bench: $(READY) ## Measure all that needs no GPU, 30 minutes, 45 on a slow CPU; write the pages' tables and plots. FULL=1
+bench: $(READY) ## Measure all that needs no GPU, 30 minutes, 36 on a slow CPU; write the pages' tables and plots. FULL=1
 	@$(BIN)/python -m benchmarks run --device cpu $(if $(FULL),--full); \
 	    code=$$?; $(MAKE) --no-print-directory tables && exit $$code
 
