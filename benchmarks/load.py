@@ -15,10 +15,8 @@ What is loaded must equal, bit for bit, what plain vLLM loads from the offline m
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
-from typing import Any, Literal
+from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -30,6 +28,7 @@ from benchmarks.load_bounds import bounds
 from benchmarks.load_pages import TABLES
 from benchmarks.load_serving import until_ready
 from benchmarks.load_worker import AUTO, Plan, run_in_vllm
+from benchmarks.served import apart
 
 __all__ = ["FULL", "PEER", "QUICK", "TABLES", "Options", "bounds", "measure", "verify"]
 
@@ -61,7 +60,7 @@ class Options(BaseOptions):
 def verify(options: Options) -> None:
     """Make the models; that what is loaded of them is right, the worker shows before it times."""
     for which in options.models:
-        _apart(load_cases.make, which, options.scratch / which)
+        apart(load_cases.make, which, options.scratch / which)
 
 
 def measure(options: Options) -> Iterator[Row]:
@@ -70,7 +69,8 @@ def measure(options: Options) -> Iterator[Row]:
     plan = Plan(rounds, options.threads, options.memory == "whole")
     for which in options.models:
         case = load_cases.case(which, options.scratch / which)
-        found: load_worker.Found = _apart(run_in_vllm, case, load_worker.measure_loads, plan)
+        # vLLM 0.32 does not start where llvmlite was imported before.
+        found: load_worker.Found = apart(run_in_vllm, case, load_worker.measure_loads, plan)
         for (provider, cache, threads), readings in found.items():
             of = f"{case.name}, {cache}, {threads} thread{'s' * (threads > 1)}"
             made = functools.partial(row, provider=provider, shape=of, dtype="bf16")
@@ -82,9 +82,3 @@ def measure(options: Options) -> Iterator[Row]:
         for ranks in options.ranks:
             providers = case.providers() if options.start_all else [AUTO, "enchtable bf16"]
             yield from until_ready(case, providers, options.starts, ranks)
-
-
-def _apart(call: Callable[..., Any], *arguments: Any) -> Any:
-    """In a process of its own: vLLM 0.32 does not start where llvmlite was imported before."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(call, *arguments).result()

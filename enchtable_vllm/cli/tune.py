@@ -213,5 +213,5 @@ def _print(tuning: Tuning) -> None:
         table.add_row(step.name, unsafe + doubtful, utility, refused)
     out.print(table)
     if tuning.judge is not None:
-        say(judged(tuning))
+        say(judged(tuning.judge))
     say(verdict(tuning))

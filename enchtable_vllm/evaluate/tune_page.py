@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enchtable_vllm.evaluate.report import Rate
+from enchtable_vllm.evaluate.report import Judge, Rate
 from enchtable_vllm.evaluate.tune_choice import Step
 from enchtable_vllm.evaluate.tune_journal import Tuning
 from enchtable_vllm.page import Html, cell, page, paragraph, table
@@ -26,7 +26,7 @@ def tune_page(tuning: Tuning, picture: Html) -> str:
             ],
         )
     )
-    parts += [paragraph(f"{judged(tuning)}.", "note")] if tuning.judge else []
+    parts += [paragraph(f"{judged(tuning.judge)}.", "note")] if tuning.judge else []
     parts.append(
         paragraph(
             "Shares with Wilson's 95% interval, on the validation split: measure the proposed "
@@ -37,11 +37,8 @@ def tune_page(tuning: Tuning, picture: Html) -> str:
     return page(f"Beta of {tuning.sweep.safety_vector}", parts)
 
 
-def judged(tuning: Tuning) -> str:
-    """By whom, and how far that judge is to be trusted; empty where nothing was judged."""
-    judge = tuning.judge
-    if judge is None:
-        return ""
+def judged(judge: Judge) -> str:
+    """Who judges, and how far that is to be trusted."""
     return f"Judge: {' '.join(filter(None, (judge.name, judge.model)))}, {judge.calibrated}"
 
 
